@@ -1,0 +1,43 @@
+# Two commands are enough: `make demo` and `make test`. Both make the environment they need in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check format bench clean
+
+# torch first and alone: a range would take the newest build, which brings gigabytes of CUDA packages
+.venv/base: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	touch $@
+
+.venv/package: .venv/base pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+# pyreft asks for an old transformers that it does not need, so it comes without its dependencies
+.venv/dev: .venv/package
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,bench]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps pyreft
+	touch $@
+
+demo: .venv/package
+	$(BIN)/python recipes/emoji_chat.py
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+check: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: .venv/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/dev
+	$(BIN)/python recipes/benchmark.py
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

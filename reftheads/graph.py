@@ -1,0 +1,172 @@
+"""A graph: named nodes, checked, frozen, and written to and from JSON."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from reftheads.nodes import Intervention, Node, Reader
+from reftheads.positions import Positions
+
+
+@dataclass(frozen=True, init=False)
+class InterventionGraph:
+    """Nodes in the order in which they act where they meet at one site.
+
+    Nodes without a name get one from their type and site.
+
+    Raises:
+        ValueError: no nodes, a name twice, a source that is missing or does not read, a cycle of
+            sources, nodes that share parameters of different definitions.
+    """
+
+    nodes: tuple[Node, ...]
+
+    def __init__(self, *nodes: Node):
+        if not nodes:
+            raise ValueError("an intervention graph needs at least one node, got none")
+        for node in nodes:
+            if not isinstance(node, Node):
+                raise ValueError(f"an intervention graph is made of Nodes, got {node!r}")
+        object.__setattr__(self, "nodes", _named(nodes))
+        self._check_sources()
+        shared: dict[str, Intervention] = {}
+        for node in self.nodes:
+            if shared.setdefault(node.key, node.intervention) != node.intervention:
+                raise ValueError(
+                    f"nodes that share {node.key!r} need one definition, got {shared[node.key]} and {node.intervention}"
+                )
+
+    @classmethod
+    def over(
+        cls,
+        layers: Iterable[int],
+        intervention: Intervention,
+        positions: Any = "all",
+        *,
+        tied: bool = True,
+        name: str | None = None,
+        **where: Any,
+    ) -> "InterventionGraph":
+        """The same intervention at several layers, each layer with parameters of its own.
+
+        Args:
+            layers: indices of blocks; negative ones count from the end.
+            tied: one node a layer for all its positions; `False` makes one for each part of a sum, so
+                that `f7+l7` edits prefix and suffix by different weights.
+            name: begins the names: `name_3`, and `name_3_f7` if not tied.
+            where: further arguments of `Node`, such as `component` or `share`.
+        """
+        rule = Positions.parse(positions)
+        parts = (rule,) if tied else rule.parts
+        nodes = []
+        for layer in layers:
+            for part in parts:
+                node = Node(intervention, layer, positions=part, **where)
+                label = f"{name}_{layer}" if name else node.default_name()
+                if len(parts) > 1:
+                    label += f"_{part.text.split(' ')[0]}"
+                nodes.append(replace_name(node, label))
+        return cls(*nodes)
+
+    def _check_sources(self) -> None:
+        by_name = {node.name: node for node in self.nodes}
+        for node in self.nodes:
+            if node.source is None:
+                continue
+            if node.source not in by_name:
+                raise ValueError(
+                    f"node {node.name!r} reads {node.source!r}, which is not in the graph: {', '.join(self.names)}"
+                )
+            trail, at = [node.name], node
+            while at.source is not None:
+                at = by_name[at.source]
+                trail.append(at.name)
+                if at.name == node.name:
+                    raise ValueError(f"the sources form a cycle: {' ← '.join(map(str, trail))}")
+                if len(trail) > len(self.nodes):
+                    break
+            source = by_name[node.source]
+            if not isinstance(source.intervention, Reader):
+                raise ValueError(f"node {node.name!r} reads {source.name!r}, which has no output: name a head instead")
+            if source.positions != node.positions and source.positions.bound != 1:
+                raise ValueError(
+                    f"node {node.name!r} at positions {node.positions} reads {source.name!r} at {source.positions}: "
+                    "a source selects one token a row, or the same tokens as its reader"
+                )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(node.name for node in self.nodes if node.name is not None)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def __getitem__(self, name: str) -> Node:
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise KeyError(f"no node {name!r} in this graph: it has {', '.join(self.names)}")
+
+    def __add__(self, other: "InterventionGraph") -> "InterventionGraph":
+        return InterventionGraph(*self.nodes, *other.nodes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; `from_dict` gives an equal graph. The numbers of constants are not included."""
+        return {"nodes": [node.to_dict() for node in self.nodes]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "InterventionGraph":
+        """Raises `ValueError` for what `to_dict` cannot have written, or a type of node not imported."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("nodes"), list):
+            raise ValueError(f"cannot read a graph from {data!r}: it needs a list under 'nodes'")
+        return cls(*(Node.from_dict(node) for node in data["nodes"]))
+
+    def __str__(self) -> str:
+        table = Table("node", "what", "where", "positions", box=None, pad_edge=False)
+        for node in self.nodes:
+            extra = "".join(
+                f" {word}={value}" for word, value in (("share", node.share), ("source", node.source)) if value
+            )
+            table.add_row(node.name, f"{node.intervention}{extra}", str(node.site), str(node.positions))
+        return render(table)
+
+
+def render(table: Table) -> str:
+    """A table as plain text, one line a row."""
+    console = Console(width=1000, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
+
+
+def replace_name(node: Node, name: str) -> Node:
+    """The same node under another name."""
+    site = node.site
+    return Node(
+        node.intervention, site.layer, site.component, node.positions,
+        head=site.head, stack=site.stack, side=site.side, name=name, share=node.share, source=node.source,
+    )  # fmt: skip
+
+
+def _named(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+    given = [node.name for node in nodes if node.name is not None]
+    for name in given:
+        if given.count(name) > 1:
+            raise ValueError(f"the graph has the name {name!r} twice: every node needs its own")
+    taken, named = set(given), []
+    for node in nodes:
+        if node.name is None:
+            base, count = node.default_name(), 2
+            name = base
+            while name in taken:
+                name, count = f"{base}_{count}", count + 1
+            taken.add(name)
+            node = replace_name(node, name)
+        named.append(node)
+    return tuple(named)

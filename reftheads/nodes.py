@@ -1,0 +1,366 @@
+"""What a node is: an intervention at a site on some tokens; and the abstract kinds of intervention.
+
+An intervention is a frozen dataclass: its fields are its hyperparameters, and its methods are pure
+functions of the parameters and the hidden states. An `Edit` writes, a `Head` and a `Probe`-like
+reader reads. The parameters themselves live in a `NodeModule`, made when a graph is compiled.
+
+A type of one's own is one small class:
+
+    @dataclass(frozen=True)
+    class Amplify(rh.Edit):
+        '''h ↦ h · (1 + strength · g), with a learned g for every feature.'''
+        strength: float = 1.0
+
+        def parameters(self, shape):
+            return {"g": nn.Parameter(torch.zeros(shape.width))}
+
+        def edit(self, p, h, context):
+            return h * (1 + self.strength * p["g"])
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reftheads.positions import Positions
+from reftheads.sites import Side, Site, Stack
+
+Params = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What an intervention knows of its place when its parameters are made.
+
+    Attributes:
+        width: features that it sees.
+        input_width: features that enter the module whose output it edits, if that module is linear.
+    """
+
+    width: int
+    input_width: int | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an edit may look at besides the hidden states.
+
+    Attributes:
+        x: what entered the module, at the same tokens: [batch slots input_width].
+        source: the output of the node named as source: [batch slots outputs] or [batch 1 outputs].
+        training: whether dropout is active.
+    """
+
+    x: Tensor | None = None
+    source: Tensor | None = None
+    training: bool = False
+
+
+class Intervention(ABC):
+    """What is done at a site. Subclasses are frozen dataclasses of JSON values and `Constant`s."""
+
+    needs_linear: bool = False  # acts only on the output of a linear module, whose input it reads
+    needs_source: bool = False  # cannot do without another node's output
+    letters: Mapping[str, str] = {}  # the paper's letter -> the stored parameter that stands for it
+
+    @abstractmethod
+    def parameters(self, shape: Shape) -> dict[str, Tensor]:
+        """New parameters: an `nn.Parameter` is trained, a plain tensor is saved but not trained."""
+
+    def __str__(self) -> str:
+        given = [f for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={_shown(getattr(self, f.name))}' for f in given)})"
+
+    @property
+    def derives_from(self) -> tuple[str, ...]:
+        """The stored parameters that `derive` needs; none, if there is nothing to derive."""
+        return ()
+
+    def derive(self, p: Params) -> Params:
+        """Further tensors for `edit` and `read`, computed from stored ones once a forward pass.
+
+        The parameters may carry leading batch dimensions: nodes of one kind are derived together.
+        """
+        return {}
+
+
+class Edit(Intervention):
+    """An intervention that writes."""
+
+    @abstractmethod
+    def edit(self, p: Params, h: Tensor, context: Context) -> Tensor:
+        """[batch slots width] -> the same shape: the new hidden states at the selected tokens."""
+
+
+class Reader(Intervention):
+    """An intervention that reads and leaves the hidden states as they are."""
+
+    detach: bool = True
+
+    @abstractmethod
+    def read(self, p: Params, h: Tensor, context: Context) -> Tensor:
+        """[batch slots width] -> [batch slots outputs]."""
+
+
+class Head(Reader):
+    """A reader with a loss: its output is a prediction of a target column of the batch."""
+
+    target: str | None
+    weight: float
+
+    @abstractmethod
+    def loss_of(self, prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """The mean loss over slots that are valid and have a target; a scalar.
+
+        Args:
+            prediction: [batch slots outputs].
+            target: [batch] for one slot a row, else [batch slots].
+            valid: Bool[batch slots].
+        """
+
+
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, Intervention) else repr(value)
+
+
+def read_dtype(name: str) -> torch.dtype:
+    """Raises `ValueError` for what is not the name of a floating-point type of torch."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be the name of a torch float type such as 'float32' or 'bfloat16', got {name!r}")
+    return dtype
+
+
+class Constant:
+    """A tensor given by the user as part of an intervention's definition.
+
+    Its numbers are saved with the weights; the definition itself says the shape only.
+    """
+
+    def __init__(self, value: Any):
+        self.value = torch.as_tensor(value).detach().clone()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and self.value.shape == other.value.shape
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.value.shape))
+
+    def __repr__(self) -> str:
+        return f"Constant({'×'.join(map(str, self.value.shape)) or 'scalar'})"
+
+
+@dataclass(frozen=True, init=False)
+class Node:
+    """One node of an intervention graph: *what* at *where* on *which tokens*.
+
+    Args:
+        intervention: what is done, such as `LoReFT(rank=4)`.
+        layer, component, head, stack, side: where; see `Site`.
+        positions: on which tokens; see `Positions`.
+        name: how `model.node(name)` and outputs call it; made up from type and site if left out.
+        share: nodes with the same `share` use one set of parameters.
+        source: name of a reading node whose output this node gets in the same pass.
+
+    Raises:
+        ValueError: a site or positions that cannot be read, a name that cannot be used.
+    """
+
+    intervention: Intervention
+    site: Site
+    positions: Positions
+    name: str | None = None
+    share: str | None = None
+    source: str | None = None
+
+    def __init__(
+        self,
+        intervention: Intervention,
+        layer: int | None = None,
+        component: str = "block_output",
+        positions: Any = "all",
+        *,
+        head: int | None = None,
+        stack: Stack | None = None,
+        side: Side = "output",
+        name: str | None = None,
+        share: str | None = None,
+        source: str | None = None,
+    ):
+        if not isinstance(intervention, Intervention):
+            raise ValueError(
+                f"a node needs an intervention such as LoReFT(rank=4), got {intervention!r}"
+                + (": add parentheses to make one" if isinstance(intervention, type) else "")
+            )
+        for label, key in (("name", name), ("share", share)):
+            if key is not None:
+                check_key(key, label)
+        if intervention.needs_source and source is None:
+            raise ValueError(f"{type(intervention).__name__} reads another node: name it with source=…")
+        for attribute, value in (
+            ("intervention", intervention),
+            ("site", Site(layer, component, head, stack, side)),
+            ("positions", Positions.parse(positions)),
+            ("name", name),
+            ("share", share),
+            ("source", source),
+        ):
+            object.__setattr__(self, attribute, value)
+
+    @property
+    def key(self) -> str:
+        """Under which name the parameters are kept."""
+        assert self.name is not None
+        return self.share or self.name
+
+    def default_name(self) -> str:
+        site = self.site
+        words = [type(self.intervention).__name__.lower(), site.stack]
+        words += [None if site.layer is None else str(site.layer)]
+        words += [None if site.component == "block_output" else site.component.replace(".", "_")]
+        words += [None if site.head is None else f"head{site.head}"]
+        return "_".join(word for word in words if word)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values that `from_dict` reads back; defaults are left out."""
+        site = {f.name: getattr(self.site, f.name) for f in fields(Site) if getattr(self.site, f.name) != f.default}
+        if self.site.layer is not None:
+            site["layer"] = self.site.layer
+        out = {"name": self.name, **_intervention_to_dict(self.intervention), **site}
+        out["positions"] = self.positions.to_json()
+        return out | {k: v for k, v in (("share", self.share), ("source", self.source)) if v is not None}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Node":
+        """Raises `ValueError` for a type of node that no imported module defines."""
+        rest = dict(data)
+        try:
+            intervention = _intervention_from_dict(rest.pop("type"), rest.pop("options", {}))
+            return cls(intervention, **rest)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"cannot read the node {dict(data)!r}: {error}") from error
+
+
+def check_key(key: str, label: str) -> None:
+    """Raises `ValueError` for what cannot name a child module or a column of a checkpoint."""
+    if not isinstance(key, str) or not key or "." in key or key.startswith("rh_") or hasattr(nn.ModuleDict, key):
+        raise ValueError(
+            f"{label} {key!r} cannot be used: take a word without dots that does not begin with 'rh_' "
+            "and is no attribute of a torch module"
+        )
+
+
+def _intervention_to_dict(intervention: Intervention) -> dict[str, Any]:
+    options = {}
+    for f in fields(intervention):  # type: ignore[arg-type]
+        value = getattr(intervention, f.name)
+        if isinstance(value, Constant):
+            options[f.name] = {"constant": list(value.value.shape)}
+        elif isinstance(value, Intervention):
+            options[f.name] = _intervention_to_dict(value)
+        elif value != f.default:
+            options[f.name] = value
+    return {"type": type(intervention).__name__, **({"options": options} if options else {})}
+
+
+def _intervention_from_dict(name: str, options: Mapping[str, Any]) -> Intervention:
+    known = {cls.__name__: cls for cls in _concrete(Intervention)}
+    if name not in known:
+        raise ValueError(
+            f"unknown type of node {name!r}: known are {', '.join(sorted(known))}. "
+            "If it is your own, import the module that defines it first"
+        )
+    read = {}
+    for key, value in options.items():
+        if isinstance(value, dict) and "constant" in value:
+            value = Constant(torch.zeros(value["constant"]))
+        elif isinstance(value, dict) and "type" in value:
+            value = _intervention_from_dict(value["type"], value.get("options", {}))
+        elif isinstance(value, list):
+            value = tuple(value)
+        read[key] = value
+    return known[name](**read)
+
+
+def _concrete(cls: type) -> list[type]:
+    found = [] if getattr(cls, "__abstractmethods__", None) else [cls]
+    return found + [c for sub in cls.__subclasses__() for c in _concrete(sub)]
+
+
+class NodeModule(nn.Module):
+    """The parameters of one node (or of all nodes that share them).
+
+    An attribute is a stored parameter, or one of the paper's letters, such as `node.R` of a LoReFT:
+    the derived value, without gradient.
+    """
+
+    def __init__(self, intervention: Intervention, shape: Shape):
+        super().__init__()
+        self.intervention = intervention
+        self.shape = shape
+        self.kind = intervention  # nodes of equal definition are derived together
+        for name, value in intervention.parameters(shape).items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            else:
+                self.register_buffer(name, value)
+
+    def stored(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
+        return dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the parameters, and hence of the computation; `None` without parameters."""
+        tensors = [*self._parameters.values(), *self._buffers.values()]
+        return tensors[0].dtype if tensors and tensors[0] is not None else None
+
+    def forward(self, p: Params | None, tensors: Tensor, context: Context) -> Tensor:
+        """Edits or reads `tensors` with the derived parameters `p` (`None`: derive them here)."""
+        intervention = self.intervention
+        if p is None:
+            stored = self.stored()
+            p = {**stored, **intervention.derive(stored)}
+        if isinstance(intervention, Edit):
+            return intervention.edit(p, tensors, context)
+        assert isinstance(intervention, Reader)
+        return intervention.read(p, tensors, context)
+
+    def assign(self, **letters: Any) -> None:
+        """Sets parameters by the names or letters of the paper: `node.assign(R=…, W=…, b=…)`.
+
+        Raises:
+            ValueError: a name that this node does not have, or a value of another shape.
+        """
+        stored = self.stored()
+        for letter, value in letters.items():
+            name = self.intervention.letters.get(letter, letter)
+            if name not in stored:
+                raise ValueError(
+                    f"{type(self.intervention).__name__} has no parameter {letter!r}: it has {', '.join(stored)}"
+                )
+            value = torch.as_tensor(value)
+            if value.shape != stored[name].shape:
+                raise ValueError(f"{letter} must have shape {tuple(stored[name].shape)}, got {tuple(value.shape)}")
+            with torch.no_grad():
+                before = stored[name].clone()
+                stored[name].copy_(value)
+                if name != letter and not torch.allclose(getattr(self, letter), value.to(before), atol=1e-4):
+                    stored[name].copy_(before)
+                    raise ValueError(f"{letter} of a {type(self.intervention).__name__} needs orthonormal rows")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in self.__dict__.get("intervention", Intervention).letters:
+                raise
+            with torch.no_grad():
+                return self.intervention.derive(self.stored())[name]
+
+    def extra_repr(self) -> str:
+        return f"{self.intervention}, width={self.shape.width}"

@@ -1,0 +1,80 @@
+"""What a model returns when its graph reads: the base model's output with further fields."""
+
+from dataclasses import dataclass, fields, make_dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+from transformers.utils.generic import ModelOutput
+
+from reftheads.nodes import Head, Reader
+
+FIELDS = ("predictions", "losses", "collected", "selected")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a node read in one pass: [batch slots outputs], zero in slots that are not valid."""
+
+    reader: Reader
+    value: Tensor
+    valid: Tensor
+    single: bool  # one token a row, by its rule
+
+    @property
+    def shown(self) -> Tensor:
+        """As users see it: without the dimension of slots where there is one slot only."""
+        return self.value[:, 0] if self.single and self.value.shape[1] == 1 else self.value
+
+
+def extend(output: Any, readings: dict[str, Reading], targets: dict[str, Tensor]) -> ModelOutput:
+    """Adds to a model's output, as further fields of the same class of output:
+
+    * `predictions[name]`: what a head predicts, [batch outputs] for one token a row, else
+      [batch slots outputs];
+    * `losses[name]`: its loss, where the batch holds its target; the weighted sum is added to `loss`;
+    * `collected[name]`: activations read by `Collect`;
+    * `selected[name]`: Bool[batch slots], which slots hold a token; the others are zero.
+
+    Raises:
+        ValueError: a model that was asked to return a tuple, or a target that is not a tensor of
+            matching shape.
+    """
+    if not isinstance(output, ModelOutput):
+        raise ValueError("a graph that reads needs a named output: leave return_dict=False out")
+    predictions, losses, collected = {}, {}, {}
+    for name, reading in readings.items():
+        if not isinstance(reading.reader, Head):
+            collected[name] = reading.shown
+            continue
+        predictions[name] = reading.shown
+        if reading.reader.target in targets:
+            losses[name] = _loss(name, reading, targets[reading.reader.target])
+    values = {f.name: getattr(output, f.name) for f in fields(output)}  # type: ignore[arg-type]
+    if losses:
+        total = sum(reading.reader.weight * losses[name] for name, reading in readings.items() if name in losses)  # type: ignore[union-attr]
+        loss = values.get("loss")
+        values["loss"] = total if loss is None else loss + total
+    extra = (predictions, losses, collected, {name: reading.valid for name, reading in readings.items()})
+    cls = _extended(type(output))
+    return cls(**values, **{name: value or None for name, value in zip(FIELDS, extra, strict=True)})
+
+
+def _loss(name: str, reading: Reading, target: Tensor) -> Tensor:
+    assert isinstance(reading.reader, Head)
+    valid = reading.valid
+    target = target.to(valid.device)
+    shaped = target[:, None] if target.ndim == 1 and valid.shape[1] == 1 else target
+    if shaped.shape != valid.shape:
+        raise ValueError(
+            f"target {reading.reader.target!r} of head {name!r} has shape {tuple(target.shape)}, but the head reads "
+            f"{tuple(valid.shape)} (batch, tokens): give one target a token that it reads"
+        )
+    return reading.reader.loss_of(reading.value, shaped, valid)
+
+
+@cache
+def _extended(cls: type[ModelOutput]) -> type[ModelOutput]:
+    missing: list[Any] = [("loss", Any, None)] if "loss" not in {f.name for f in fields(cls)} else []  # type: ignore[arg-type]
+    missing += [(name, dict | None, None) for name in FIELDS]
+    return make_dataclass(f"Intervened{cls.__name__}", missing, bases=(cls,))

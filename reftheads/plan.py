@@ -1,0 +1,93 @@
+"""Compiling: a graph and a model give a plan, in which every node knows its module, widths and turn."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from reftheads.architectures import Address, StackInfo, locate, stacks
+from reftheads.graph import InterventionGraph
+from reftheads.nodes import Node, Shape
+
+
+@dataclass(frozen=True)
+class PlannedNode:
+    """A node that has found its place in a model."""
+
+    node: Node
+    address: Address
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A graph compiled against one model. It holds no parameters and has changed nothing yet."""
+
+    graph: InterventionGraph
+    nodes: tuple[PlannedNode, ...]
+    stacks: tuple[StackInfo, ...]
+
+    def __getitem__(self, name: str) -> PlannedNode:
+        return next(planned for planned in self.nodes if planned.node.name == name)
+
+    def shapes(self) -> dict[str, tuple[PlannedNode, Shape]]:
+        """The sets of parameters to make: each key once, with the first node that uses it."""
+        found: dict[str, tuple[PlannedNode, Shape]] = {}
+        for planned in self.nodes:
+            found.setdefault(planned.node.key, (planned, planned.shape))
+        return found
+
+
+def compile_graph(graph: InterventionGraph, model: nn.Module) -> Plan:
+    """Finds every node's place in `model` and checks that the graph can run there.
+
+    Raises:
+        ValueError: an address that the model does not have, a node that needs a linear module where
+            there is none, shared parameters at sites of different widths, a source that does not run
+            before its reader.
+    """
+    planned = tuple(_place(node, model) for node in graph)
+    plan = Plan(graph, planned, stacks(model))
+    shapes = plan.shapes()
+    for one in planned:
+        first, shape = shapes[one.node.key]
+        if shape != one.shape:
+            raise ValueError(
+                f"nodes {first.node.name!r} and {one.node.name!r} share {one.node.key!r}, but see {shape.width} "
+                f"and {one.shape.width} features: share only among sites of one width"
+            )
+        if one.node.source is not None:
+            _check_order(plan, plan[one.node.source], one)
+    return plan
+
+
+def _place(node: Node, model: nn.Module) -> PlannedNode:
+    address = locate(model, node.site)
+    module = model.get_submodule(address.module)
+    input_width = next((w for n in ("in_features", "nx") if isinstance(w := getattr(module, n, None), int)), None)
+    if node.intervention.needs_linear and (input_width is None or address.side == "input"):
+        raise ValueError(
+            f"{type(node.intervention).__name__} acts on the output of a linear module, but {node.site} is the "
+            f"{address.side} of {address.module or 'the model'!r} ({type(module).__name__}): use a component such as "
+            "query_output, or the path of a projection"
+        )
+    return PlannedNode(node, address, Shape(address.width, input_width if address.side == "output" else None))
+
+
+def _check_order(plan: Plan, source: PlannedNode, reader: PlannedNode) -> None:
+    turn = {stack.path: i for i, stack in enumerate(sorted(plan.stacks, key=lambda s: s.role != "encoder"))}
+    listed = {one.node.name: i for i, one in enumerate(plan.nodes)}
+    before, after = (
+        (turn.get(one.address.stack, 0), one.address.order, listed[one.node.name]) for one in (source, reader)
+    )
+    if before[1] is None or after[1] is None:
+        if before[0] != after[0]:
+            return
+        raise ValueError(
+            f"cannot tell whether {source.node.name!r} runs before {reader.node.name!r}, since one of them names a "
+            "module whose place in its block is unknown: use a component of the vocabulary"
+        )
+    if before > after:
+        raise ValueError(
+            f"node {reader.node.name!r} at {reader.node.site} reads {source.node.name!r} at {source.node.site}, which "
+            "runs later: a source must lie before its reader"
+        )

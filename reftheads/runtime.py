@@ -1,0 +1,511 @@
+"""One forward pass: which nodes act, on which tokens, with which parameters.
+
+`Interventions` is the module that compiled graphs add to a base model. It owns the parameters and the
+hooks, which are installed once and stay. A forward pass goes through four of its methods:
+
+1. the base model is called: `_call_begins` takes out what is not meant for it (prompt mask, targets);
+2. a stack is called: `_stack_begins` says which nodes act, on which columns, and derives parameters;
+3. modules are called: `_touch` lets the nodes that act there edit or read;
+4. the base model returns: `_call_ends` adds predictions, activations and losses to its output.
+
+A step does not need the ones before it: who calls the backbone alone gets the same edits. What a pass
+has resolved is its `Run`; activation checkpointing gets the same run again when it computes a block a
+second time, even if other passes lie in between.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from reftheads.architectures import StackInfo
+from reftheads.hooks import attach
+from reftheads.losses import IGNORE
+from reftheads.nodes import Context, Edit, Head, NodeModule, Params, Reader
+from reftheads.output import Reading, extend
+from reftheads.plan import Plan, PlannedNode
+from reftheads.positions import Positions, Selection, Tokens
+from reftheads.sites import Side
+
+HookKey = tuple[str, Side]
+NodeKey = tuple[str, str]  # adapter, node
+
+
+@dataclass(frozen=True)
+class Acting:
+    """A node that acts in this pass."""
+
+    key: NodeKey
+    planned: PlannedNode
+    module: NodeModule
+    params: Params | None
+    rows: Tensor | None  # Bool[batch]: the rows that its adapter was picked for
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where the columns of a pass lie, before any tensor arithmetic; see `Tokens.of`."""
+
+    past: int | Tensor
+    attention_mask: Tensor | None
+    prompt_mask: Tensor | None
+    input_ids: Tensor | None
+
+    @property
+    def after_prompt(self) -> bool:
+        if self.prompt_mask is None or not isinstance(self.past, int):
+            return False
+        return self.past >= self.prompt_mask.shape[1]
+
+    def tokens(self, h: Tensor) -> Tokens:
+        return Tokens.of(
+            (h.shape[0], h.shape[1]), self.past, self.attention_mask, self.prompt_mask, self.input_ids, h.device
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass through one stack. Nothing in it changes what is computed once it is made."""
+
+    frame: Frame
+    acting: Mapping[HookKey, Sequence[Acting]]
+    shape: tuple[int, int] | None  # batch, chunk; None until a module is called, for models without tokens
+    readings: dict[NodeKey, Reading] = field(default_factory=dict)
+    _tokens: list[Tokens] = field(default_factory=list)
+    _selections: dict[Positions, Selection | None] = field(default_factory=dict)
+
+    def selection(self, positions: Positions, h: Tensor) -> Selection | None:
+        """Resolved once a pass for every rule that occurs."""
+        if positions not in self._selections:
+            if not self._tokens:
+                self._tokens.append(self.frame.tokens(h))
+            self._selections[positions] = positions.select(self._tokens[0])
+        return self._selections[positions]
+
+
+@dataclass
+class Call:
+    """What a call of the base model was given that concerns the graph, and what was read during it."""
+
+    labels: Tensor | None = None
+    prompt_mask: Tensor | None = None
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    readings: dict[NodeKey, Reading] = field(default_factory=dict)
+
+
+@dataclass
+class Generation:
+    """What `generate` started from; holds for all passes until it ends."""
+
+    real: Tensor  # Bool[rows columns], of the input of the stack that generates
+    prompt: Tensor  # Bool[rows columns]
+    sources: dict[NodeKey, Tensor] = field(default_factory=dict)
+    derived: dict[int, Params] = field(default_factory=dict)
+    _expanded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def masks(self, rows: int) -> tuple[Tensor, Tensor]:
+        """`real` and `prompt` of `rows` rows: beams and return sequences repeat each recorded row."""
+        if rows not in self._expanded:
+            times = max(rows // self.prompt.shape[0], 1)
+            self._expanded[rows] = (self.real.repeat_interleave(times, 0), self.prompt.repeat_interleave(times, 0))
+        return self._expanded[rows]
+
+
+class Interventions(nn.Module, BaseTunerLayer):
+    """The parameters and hooks of all adapters of one base model, added to it as `interventions`."""
+
+    adapter_layer_names = ("rh_nodes",)
+    other_param_names = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rh_nodes = nn.ModuleDict()  # adapter -> node or share -> NodeModule
+        self.plans: dict[str, Plan] = {}
+        self.runs: dict[str, Run] = {}
+        self.call: Call | None = None
+        self.generation: Generation | None = None
+        self.adapter_names: Sequence[str] | None = None  # one a row, as PEFT passes them
+        self._generative = False
+        self._handles: dict[Any, list[RemovableHandle]] = {}
+        self._argument_names: dict[str, list[str]] = {}
+        self._checkpointing: dict[str, list[nn.Module]] = {}
+        self._devices: dict[NodeKey, torch.device] = {}
+        self._indices: dict[tuple, Tensor] = {}
+
+    # --- adapters ---------------------------------------------------------------------------------------
+
+    def add(self, adapter: str, plan: Plan, base: nn.Module) -> None:
+        """Makes the parameters of `plan` under the name `adapter` and installs the hooks it needs."""
+        nodes = nn.ModuleDict()
+        for key, (planned, shape) in plan.shapes().items():
+            nodes[key] = NodeModule(planned.node.intervention, shape)
+            self._devices[adapter, key] = _device(base.get_submodule(planned.address.module), base)
+        self.rh_nodes[adapter] = nodes
+        self.plans[adapter] = plan
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self._install(plan, base)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.plans.pop(adapter_name, None)
+
+    def detach_hooks(self) -> None:
+        """Removes every hook; the base model is then as if no graph had ever been compiled into it."""
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
+        self._handles.clear()
+        for module in (m for modules in self._checkpointing.values() for m in modules):
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if isinstance(function, _KeepRun):
+                module._gradient_checkpointing_func = function.checkpoint  # type: ignore[assignment]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        for key, node in self.rh_nodes[adapter_name].items():  # type: ignore[operator]
+            device = self._devices[adapter_name, key]
+            if device.type != "meta" and not any(t.is_meta for t in node.stored().values()):
+                node.to(device)
+
+    def _install(self, plan: Plan, base: nn.Module) -> None:
+        keys: dict[HookKey, str] = {(p.address.module, p.address.side): p.address.stack for p in plan.nodes}
+        used = [stack for stack in plan.stacks if stack.path in keys.values()]
+        if None not in self._handles:
+            self._generative = callable(can := getattr(base, "can_generate", None)) and bool(can())
+            self._argument_names[""] = _arguments(base)
+            self._handles[None] = [base.register_forward_pre_hook(self._call_begins, with_kwargs=True)]
+        for stack in used:
+            if stack.path not in self._handles:
+                module = base.get_submodule(stack.path)
+                self._argument_names[stack.path] = _arguments(module)
+                blocks = [m for b in stack.blocks for m in base.get_submodule(b).modules()]
+                self._checkpointing[stack.path] = [m for m in blocks if hasattr(m, "gradient_checkpointing")]
+                begins = functools.partial(self._stack_begins, stack)
+                ends = functools.partial(self._stack_ends, stack)
+                self._handles[stack.path] = [
+                    module.register_forward_pre_hook(begins, with_kwargs=True),
+                    module.register_forward_hook(ends, always_call=True),
+                ]
+        if len(self._handles[None]) == 1:  # after the stack's, since a bare model is its own stack
+            ends = base.register_forward_hook(self._call_ends, with_kwargs=True, always_call=True)
+            self._handles[None].append(ends)
+        for key, stack_path in keys.items():
+            if key not in self._handles:
+                module = base.get_submodule(key[0])
+                self._handles[key] = [attach(module, key[1], functools.partial(self._touch, stack_path, key))]
+
+    # --- a call of the base model -------------------------------------------------------------------------
+
+    def _call_begins(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        kwargs = dict(kwargs)
+        names = {
+            head.target
+            for plan in self.plans.values()
+            for p in plan.nodes
+            if isinstance(head := p.node.intervention, Head) and head.target is not None
+        }
+        targets = {name: kwargs.pop(name) for name in names if name in kwargs}
+        prompt_mask = kwargs.pop("prompt_mask", None)
+        labels = kwargs.get("labels", _named(self._argument_names[""], args).get("labels"))
+        self.call = Call(labels, prompt_mask, {k: v for k, v in targets.items() if v is not None})
+        return args, kwargs
+
+    def _call_ends(self, base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any):
+        call, self.call = self.call, None
+        if call is None or not call.readings or output is None:
+            return None
+        names = [node for _, node in call.readings]
+        named = {
+            node if names.count(node) == 1 else f"{adapter}/{node}": reading
+            for (adapter, node), reading in call.readings.items()
+        }
+        return extend(output, named, call.targets)
+
+    # --- a call of a stack --------------------------------------------------------------------------------
+
+    def _stack_begins(self, stack: StackInfo, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.runs.pop(stack.path, None)
+        nodes = [] if self.disable_adapters else list(self._nodes_of(stack.path))
+        if not nodes:
+            return
+        given = _named(self._argument_names[stack.path], args) | kwargs
+        ids = given.get("input_ids")
+        tokens = ids if ids is not None else given.get("inputs_embeds")
+        shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
+        frame = self._frame(stack, given, shape, [p.node.positions for _, p, _ in nodes])
+        if frame.after_prompt and all(p.node.positions.in_prompt for _, p, _ in nodes):
+            return
+        derived = self._derive([module for _, _, module in nodes])
+        acting: dict[HookKey, list[Acting]] = {}
+        for (adapter, _), planned, node_module in nodes:
+            rows = None
+            if self.adapter_names is not None and tokens is not None:
+                rows = self._rows_of(adapter, tokens)
+            act = Acting((adapter, str(planned.node.name)), planned, node_module, derived[id(node_module)], rows)
+            acting.setdefault((planned.address.module, planned.address.side), []).append(act)
+        self.runs[stack.path] = Run(frame, acting, shape)
+        for block in self._checkpointing[stack.path]:
+            checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+            if block.gradient_checkpointing and checkpoint is not None and not isinstance(checkpoint, _KeepRun):
+                block._gradient_checkpointing_func = _KeepRun(self, stack.path, checkpoint)  # type: ignore[assignment]
+
+    def _stack_ends(self, stack: StackInfo, module: nn.Module, args: tuple, output: Any) -> None:
+        run = self.runs.pop(stack.path, None)
+        if run is not None and self.call is not None:
+            self.call.readings.update(run.readings)
+
+    def _nodes_of(self, stack: str) -> Iterator[tuple[NodeKey, PlannedNode, NodeModule]]:
+        adapters = self.active_adapters if self.adapter_names is None else dict.fromkeys(self.adapter_names)
+        for adapter in adapters:
+            if adapter not in self.plans:
+                continue
+            for planned in self.plans[adapter].nodes:
+                if planned.address.stack == stack:
+                    module = self.rh_nodes[adapter][planned.node.key]  # type: ignore[index]
+                    yield (adapter, planned.node.key), planned, module
+
+    def _rows_of(self, adapter: str, tokens: Tensor) -> Tensor:
+        assert self.adapter_names is not None
+        keep = torch.tensor([name == adapter for name in self.adapter_names], device=tokens.device)
+        if tokens.shape[0] % len(keep):
+            raise ValueError(f"adapter_names has {len(keep)} entries for {tokens.shape[0]} rows: give one a row")
+        return keep.repeat_interleave(tokens.shape[0] // len(keep))
+
+    def _frame(
+        self, stack: StackInfo, given: Mapping[str, Any], shape: tuple[int, int] | None, rules: Sequence[Positions]
+    ) -> Frame:
+        cache = given.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on in place
+        mask, ids = given.get("attention_mask"), given.get("input_ids")
+        flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if self.generation is not None and stack.causal and shape is not None:
+            return Frame(past, *self.generation.masks(shape[0]), ids)
+        prompt = self._prompt_mask(stack, shape, past)
+        if prompt is None and shape is not None:
+            relative = [str(rule) for rule in rules if rule.needs_prompt]
+            if relative and given.get("cu_seq_lens_q") is not None:
+                raise ValueError(
+                    f"positions {relative[0]!r} need one row a sequence, and these rows are packed: unpack them"
+                )
+            if relative and mask is not None and flat is None:
+                raise ValueError(
+                    f"positions {relative[0]!r} count real tokens, which a mask of this form does not show: pass a "
+                    "2-D attention_mask, or prompt_mask"
+                )
+            if relative and self.training and stack.causal and self._generative and not self._classifies:
+                raise ValueError(
+                    f"positions {relative[0]!r} depend on where the prompt ends, and this batch does not say: pass "
+                    "labels with -100 on the prompt, or prompt_mask, or use positions='all'"
+                )
+        return Frame(past, flat, prompt, ids)
+
+    @property
+    def _classifies(self) -> bool:
+        """Whether a head's target came along: then rows are whole inputs to be judged, not prompts with answers."""
+        return self.call is not None and bool(self.call.targets)
+
+    def _prompt_mask(self, stack: StackInfo, shape: tuple[int, int] | None, past: int | Tensor) -> Tensor | None:
+        if self.call is None or not stack.causal:
+            return None
+        second_stack = any(len(plan.stacks) > 1 for plan in self.plans.values())
+        if self.call.prompt_mask is not None and not second_stack:
+            return self.call.prompt_mask
+        labels = self.call.labels
+        if not self._generative or labels is None or shape is None or tuple(labels.shape) != shape:
+            return None
+        answered = (labels != IGNORE).long()
+        # the decoder of an encoder-decoder model is fed the labels one column late
+        before = answered.cumsum(1) - answered if second_stack else answered.cumsum(1)
+        return before == 0
+
+    def _derive(self, modules: Iterable[NodeModule]) -> dict[int, Params | None]:
+        """The parameters of every module with what is derived from them; modules of one kind together."""
+        reuse = self.generation.derived if self.generation and not torch.is_grad_enabled() else {}
+        out: dict[int, Params | None] = {}
+        groups: dict[Any, list[tuple[int, dict[str, Tensor]]]] = {}
+        for module in modules:
+            key = id(module)
+            if key in out:
+                continue
+            if key in reuse:
+                out[key] = reuse[key]
+                continue
+            stored = module.stored()
+            if any(hasattr(t, "ds_id") for t in stored.values()):  # ZeRO-3 gathers inside the module's call only
+                out[key] = None
+                continue
+            out[key] = stored
+            names = module.intervention.derives_from
+            if names:
+                kind = (module.kind, *((stored[n].shape, stored[n].dtype, stored[n].device) for n in names))
+                groups.setdefault(kind, []).append((key, stored))
+        for (intervention, *_), members in groups.items():
+            if len(members) == 1:
+                key, stored = members[0]
+                out[key] = {**stored, **intervention.derive(stored)}
+                continue
+            names = intervention.derives_from
+            together = intervention.derive({n: torch.stack([stored[n] for _, stored in members]) for n in names})
+            for i, values in enumerate(zip(*(t.unbind(0) for t in together.values()), strict=True)):
+                key, stored = members[i]
+                out[key] = {**stored, **dict(zip(together, values, strict=True))}
+        if self.generation and not torch.is_grad_enabled():
+            self.generation.derived.update({k: v for k, v in out.items() if v is not None})
+        return out
+
+    # --- a call of a module -------------------------------------------------------------------------------
+
+    def _touch(self, stack: str, key: HookKey, h: Tensor, x: Tensor) -> Tensor | None:
+        run = self.runs.get(stack)
+        if run is None or key not in run.acting:
+            return None
+        if h.ndim == 2 and run.shape is not None and h.shape[0] == run.shape[0] * run.shape[1]:
+            new = self._act(run, run.acting[key], h.unflatten(0, run.shape), x.unflatten(0, run.shape))
+            return None if new is None else new.flatten(0, 1)
+        if h.ndim != 3:
+            raise ValueError(
+                f"{key[0]!r} works on a tensor of shape {tuple(h.shape)}: nodes need [batch, sequence, width]"
+            )
+        return self._act(run, run.acting[key], h, x)
+
+    def _act(self, run: Run, nodes: Sequence[Acting], h: Tensor, x: Tensor) -> Tensor | None:
+        new = h
+        with _without_autocast(h.device.type):
+            for node in nodes:
+                new = self._apply(run, node, new, x)
+        return None if new is h else new
+
+    def _apply(self, run: Run, node: Acting, h: Tensor, x: Tensor) -> Tensor:
+        selection = run.selection(node.planned.node.positions, h)
+        if selection is None:
+            return h
+        if node.rows is not None:
+            selection = selection.rows(node.rows, h.shape[1])
+        intervention = node.module.intervention
+        index = self._index(node.planned, h.device)
+        picked = selection.gather(h)
+        part = picked if index is None else picked[..., index]
+        dtype = node.module.dtype or h.dtype
+        context = Context(
+            x=selection.gather(x).to(dtype) if intervention.needs_linear else None,
+            source=self._source(run, node) if node.planned.node.source is not None else None,
+            training=node.module.training,
+        )
+        result = node.module(node.params, part.to(dtype), context)
+        if isinstance(intervention, Edit):
+            result = result.to(h.dtype)
+            if index is not None:
+                whole = picked.clone()
+                whole[..., index] = result
+                result = whole
+            return selection.scatter(h, picked, result)
+        self._keep(run, node, result, selection.validity(h))
+        return h
+
+    def _keep(self, run: Run, node: Acting, value: Tensor, valid: Tensor) -> None:
+        value = torch.where(valid[..., None], value, torch.zeros_like(value))
+        single = node.planned.node.positions.bound == 1
+        assert isinstance(node.module.intervention, Reader)
+        run.readings[node.key] = Reading(node.module.intervention, value, valid, single)
+        if single and self.generation is not None:
+            before = self.generation.sources.get(node.key)
+            keep = value if before is None else torch.where(valid[..., None], value, before)
+            self.generation.sources[node.key] = keep
+
+    def _source(self, run: Run, node: Acting) -> Tensor:
+        key = (node.key[0], str(node.planned.node.source))
+        if self.generation is not None and key in self.generation.sources:
+            return self.generation.sources[key]
+        reading = run.readings.get(key) or (self.call and self.call.readings.get(key))
+        if not reading:
+            raise ValueError(
+                f"node {node.key[1]!r} reads {key[1]!r}, which has not run in this pass: its tokens lie before this "
+                "chunk. Pass the whole input, or use generate, which remembers"
+            )
+        return reading.value
+
+    def _index(self, planned: PlannedNode, device: torch.device) -> slice | Tensor | None:
+        columns = planned.address.columns
+        if columns is None or isinstance(columns, range):
+            return None if columns is None else slice(columns.start, columns.stop)
+        key = (columns, device)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(columns, device=device)
+        return self._indices[key]
+
+    # --- what holds for several calls -----------------------------------------------------------------------
+
+    @contextmanager
+    def rows_by_adapter(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+        """Within, row i of a batch goes through adapter `adapter_names[i]`; `"__base__"` means none."""
+        unknown = sorted(set(adapter_names or ()) - set(self.plans) - {"__base__"})
+        if unknown:
+            raise ValueError(f"unknown adapter {unknown[0]!r} in adapter_names: there are {', '.join(self.plans)}")
+        before, self.adapter_names = self.adapter_names, adapter_names or self.adapter_names
+        try:
+            yield
+        finally:
+            self.adapter_names = before
+
+    @contextmanager
+    def generating(self, real: Tensor, prompt: Tensor) -> Iterator[None]:
+        """Within, every pass continues this input: Bool[rows columns] each, real tokens and those of the prompt."""
+        before, self.generation = self.generation, Generation(real, prompt)
+        try:
+            yield
+        finally:
+            self.generation = before
+
+
+class _KeepRun:
+    """A checkpoint function under which a block sees the run of its first pass when it is recomputed."""
+
+    def __init__(self, layer: Interventions, stack: str, checkpoint: Callable[..., Any]):
+        self.layer = layer
+        self.stack = stack
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        run = self.layer.runs.get(self.stack)
+        return self.checkpoint(functools.partial(self._with, run, function), *args, **kwargs)
+
+    def _with(self, run: Run | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        runs = self.layer.runs
+        before = runs.pop(self.stack, None)
+        if run is not None:
+            runs[self.stack] = run
+        try:
+            return function(*args, **kwargs)
+        finally:
+            runs.pop(self.stack, None)
+            if before is not None:
+                runs[self.stack] = before
+
+
+@contextmanager
+def _without_autocast(device: str) -> Iterator[None]:
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    with torch.autocast(device, enabled=False):
+        yield
+
+
+def _arguments(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _named(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(names, args, strict=False))
+
+
+def _device(module: nn.Module, base: nn.Module) -> torch.device:
+    tensor = next(iter(module.parameters()), next(iter(base.parameters()), None))
+    return torch.device("cpu") if tensor is None else tensor.device

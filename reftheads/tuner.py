@@ -1,0 +1,237 @@
+"""The PEFT method: its configuration, its tuner, and their registration.
+
+PEFT takes a method from outside by `register_peft_method`, but its `PeftType` is a closed enumeration;
+`_add_peft_type` opens it for one member. That is the only step that PEFT does not offer.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import init_empty_weights
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+from peft.utils.peft_types import PeftType
+from rich.table import Table
+from torch import Tensor, nn
+
+from reftheads.generate import record_prompts
+from reftheads.graph import InterventionGraph, render
+from reftheads.nodes import NodeModule, check_key
+from reftheads.plan import Plan, compile_graph
+from reftheads.runtime import Interventions
+
+PREFIX = "rh_"
+CHILD = "interventions"
+
+
+def _add_peft_type(name: str) -> PeftType:
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_, member._value_ = name, name
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    return member
+
+
+REFTHEADS = _add_peft_type("REFTHEADS")
+
+
+@dataclass
+class InterventionConfig(PeftConfig):
+    """The adapter's configuration: a graph, and what every PEFT configuration has.
+
+    Raises:
+        ValueError: no graph, or one that cannot be read.
+    """
+
+    graph: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = REFTHEADS
+        if isinstance(self.graph, dict):
+            self.graph = InterventionGraph.from_dict(self.graph)
+        if not isinstance(self.graph, InterventionGraph):
+            raise ValueError(f"InterventionConfig needs graph=InterventionGraph(…), got {self.graph!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = {k: v for k, v in self.__dict__.items() if k != "graph"}
+        return {**fields, "graph": self.graph.to_dict()}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        """Reads `adapter_config.json`. Raises `ValueError` where a local checkpoint would need unpickling."""
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        if os.path.exists(os.path.join(folder, "adapter_model.bin")) and not os.path.exists(
+            os.path.join(folder, "adapter_model.safetensors")
+        ):
+            raise ValueError(
+                f"{folder} holds adapter_model.bin, a pickle, which could run any code: convert it to "
+                "adapter_model.safetensors where you trust it (safetensors.torch.save_file)"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+class InterventionTuner(BaseTuner):
+    """Adds one child module, `interventions`, to the base model and replaces none."""
+
+    prefix = PREFIX
+    tuner_layer_cls = Interventions
+    target_module_mapping: dict[str, list[str]] = {}
+
+    @property
+    def layer(self) -> Interventions:
+        """The module that holds the parameters and hooks of all adapters."""
+        return getattr(self.model, CHILD)
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("nodes are hooks: no module is replaced")
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        return peft_config
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Compiles the adapter's graph against `model`, then makes parameters and hooks.
+
+        Raises:
+            ValueError: what `compile_graph` raises, or an adapter name that is taken or unfit; the
+                model is then as before.
+        """
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, InterventionConfig)
+        try:
+            check_key(adapter_name, "adapter name")
+            layer = getattr(model, CHILD, None)
+            if layer is not None and adapter_name in layer.plans:
+                raise ValueError(
+                    f"this model has an adapter {adapter_name!r} already: add another by model.add_adapter(name, "
+                    "config), or call unload() first"
+                )
+            plan = compile_graph(config.graph, model)
+            layer = Interventions() if layer is None else layer
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                layer.add(adapter_name, plan, model)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            raise
+        if getattr(model, CHILD, None) is None:
+            setattr(model, CHILD, layer)
+            record_prompts(model)
+        inference = config.inference_mode
+        if adapter_name in self.active_adapters:
+            self.set_adapter(self.active_adapters, inference_mode=inference)
+        else:
+            layer.set_requires_grad(adapter_name, False)
+        self._mark_only_adapters_as_trainable(model)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Nothing: parameters have the dtype that their node names."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with self.layer.rows_by_adapter(kwargs.get("adapter_names")):
+            yield
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "an edit of activations cannot be merged into weights. LoRA nodes can: convert them by "
+            "reftheads.interop.peft.to_peft and merge the result"
+        )
+
+    def unload(self) -> nn.Module:
+        """The base model, without hooks and parameters of the graph."""
+        self.layer.detach_hooks()
+        delattr(self.model, CHILD)
+        self.model.__dict__.pop("generate", None)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    # --- loading ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        layer = next(module for module in model.modules() if isinstance(module, Interventions))
+        marker = f"{CHILD}.rh_nodes.{adapter_name}."
+        given = {key.partition(marker)[2]: tensor for key, tensor in remapped.items() if marker in key}
+        check_weights(given, layer.rh_nodes[adapter_name], unknown=[key for key in remapped if marker not in key])  # type: ignore[arg-type]
+        return remapped
+
+    # --- what users ask -------------------------------------------------------------------------------------
+
+    def node(self, name: str, adapter: str | None = None) -> NodeModule:
+        """The parameters of a node, by the paper's letters: `model.node("emoji").R`.
+
+        Args:
+            name: of the node.
+            adapter: which adapter's; the (first) active one if left out.
+
+        Raises:
+            KeyError: no such node or adapter.
+        """
+        plan = self.plan(adapter)
+        return self.layer.rh_nodes[adapter or self.active_adapters[0]][plan.graph[name].key]  # type: ignore[index,return-value]
+
+    def plan(self, adapter: str | None = None) -> Plan:
+        """The compiled graph of an adapter; of the (first) active one if left out."""
+        adapter = adapter or self.active_adapters[0]
+        if adapter not in self.layer.plans:
+            raise KeyError(f"no adapter {adapter!r}: there are {', '.join(self.layer.plans)}")
+        return self.layer.plans[adapter]
+
+    def summary(self, adapter: str | None = None) -> None:
+        """Prints a table, one line a node: what it is, where, its width, positions and number of parameters."""
+        table = Table("node", "what", "where", "module", "width", "positions", "parameters", box=None, pad_edge=False)
+        seen: set[str] = set()
+        total = 0
+        for planned in self.plan(adapter).nodes:
+            node, address = planned.node, planned.address
+            count = sum(p.numel() for p in self.node(str(node.name), adapter).parameters())
+            shared = node.key in seen
+            seen.add(node.key)
+            total += 0 if shared else count
+            table.add_row(
+                node.name, str(node.intervention), str(address.site), f"{address.module or '·'}:{address.side}",
+                str(address.width), str(node.positions), f"(shared) {count:,}" if shared else f"{count:,}",
+            )  # fmt: skip
+        table.add_row("total", "", "", "", "", "", f"{total:,}")
+        print(render(table))
+
+
+def check_weights(given: dict[str, Tensor], nodes: nn.Module, unknown: list[str]) -> None:
+    """Raises `ValueError` unless `given` has exactly the tensors of `nodes`, in their shapes."""
+    expected = nodes.state_dict()
+    problems = [f"no weights for {key!r}" for key in expected if key not in given]
+    problems += [
+        f"weights for {key!r}, which the graph does not have" for key in [*given, *unknown] if key not in expected
+    ]
+    problems += [
+        f"{key!r} has shape {tuple(given[key].shape)}, and this model needs {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in given and given[key].shape != tensor.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ValueError(
+            f"this checkpoint does not fit the model: {'; '.join(problems[:3])}{more}. "
+            "Load it onto the model that it was trained on"
+        )
+
+
+register_peft_method(name="reftheads", config_cls=InterventionConfig, model_cls=InterventionTuner, prefix=PREFIX)
