@@ -96,7 +96,9 @@ def locate(model: nn.Module, site: Site) -> Address:
 
     `attention_output` and `mlp_output` are what is added to the residual stream: the output of the
     sublayer's last projection, or of the norm that stands between it and the addition (Gemma, OLMo 2),
-    or of the whole module for a mixture of experts.
+    or of the whole module for a mixture of experts. Where a model scales that by a factor as it adds
+    (Granite, BEiT), it does so after the address. `mlp_input` and the two behind it have the shape
+    (batch * tokens, features) in OPT, whose blocks flatten their tokens there.
 
     Raises:
         ValueError: a layer or head out of range, a stack that the model lacks, a component that it does
@@ -137,7 +139,7 @@ def _stack_info(model: nn.Module, path: str, blocks: nn.ModuleList, attention: n
     stack = next(takers, ancestors[0])
     holders = ancestors[: ancestors.index(stack) + 1]
     norms = (_join(a, n) for a in holders if (n := _first_child(model.get_submodule(a), _FINAL_NORM)))
-    causal = getattr(attention, "is_causal", None)
+    causal = getattr(attention, "is_causal", getattr(attention, "is_decoder", None))
     if causal is None:  # Bloom and DeBERTa do not say; of the two only a decoder keeps a cache
         causal = _takes(model.get_submodule(stack), "past_key_values")
     return StackInfo(

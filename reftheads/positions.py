@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TERM = re.compile(r"(?P<first>f\d+)|(?P<last>l\d+)|(?P<word>all|prompt|generated)|(?P<span>-?\d+|-?\d*:-?\d*)")
+_TERM = re.compile(r"(?P<first>f\d+)|(?P<last>l\d+)|(?P<word>all|prompt|generated)|(?P<span>-?\d+|(-?\d+)?:(-?\d+)?)")
 _SYNTAX = "f3, l1, f7+l7, all, prompt, generated, an index such as 3 or -1, a slice such as 2:5, or a sum of these"
 
 
@@ -64,14 +64,17 @@ class Tokens:
         batch, chunk = shape
         columns = torch.arange(chunk, device=device) + past
         real = None if attention_mask is None else attention_mask.bool()
-        if prompt_mask is not None:
-            prompt = _overlap(prompt_mask.bool(), real)
-        else:
-            total = past + chunk
-            if real is None and isinstance(total, int):
-                prompt = torch.ones(batch, total, dtype=torch.bool, device=device)
-            else:
-                prompt = real if real is not None else torch.ones(batch, chunk, dtype=torch.bool, device=device)
+        if real is None and prompt_mask is None:
+            return cls(
+                real=None,
+                in_prompt=columns.new_ones((batch, chunk), dtype=torch.bool),
+                rank=columns.expand(batch, -1),
+                prompt_length=(columns[-1:] + 1).expand(batch, 1),
+                input_ids=input_ids,
+                inside_prompt=True,
+            )
+        prompt = real if prompt_mask is None else _overlap(prompt_mask.bool(), real)
+        assert prompt is not None
         return cls(
             real=None if real is None else _columns(real, columns, beyond=True),
             in_prompt=_columns(prompt, columns, beyond=False),
@@ -92,10 +95,8 @@ def _overlap(prompt: Tensor, real: Tensor | None) -> Tensor:
 
 
 def _columns(values: Tensor, columns: Tensor, beyond: bool | int) -> Tensor:
-    picked = values[:, columns.clamp(max=values.shape[1] - 1)]
-    return torch.where(
-        columns < values.shape[1], picked, torch.as_tensor(beyond, dtype=values.dtype, device=values.device)
-    )
+    width = values.shape[1]
+    return values[:, columns.clamp(max=width - 1)].masked_fill(columns >= width, beyond)
 
 
 @dataclass(frozen=True)
@@ -226,17 +227,21 @@ class Positions:
     token_ids: tuple[int, ...] | None = None
     rule: Callable[[Tokens], Tensor] | None = None
     _terms: tuple[_Term, ...] = field(init=False, repr=False, compare=False, default=())
+    _part: str | None = field(init=False, repr=False, compare=False, default=None)  # the one term that is meant
+    _ids: dict[torch.device, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.token_ids is not None or self.rule is not None:
             return
         if not isinstance(self.text, str):
             raise ValueError(f"cannot read positions {self.text!r}: use {_SYNTAX}")
-        part, _, whole = self.text.replace(" ", "").partition("of")
-        terms = tuple(_Term.read(text) for text in (whole or part).split("+"))
-        if whole and (part not in whole.split("+") or not _capped(terms)):
+        part, of, whole = "".join(self.text.split()).partition("of")
+        terms = tuple(_Term.read(text) for text in (whole if of else part).split("+"))
+        if of and (part not in whole.split("+") or not _capped(terms)):
             raise ValueError(f"cannot read positions {self.text!r}: {part!r} is no part of a sum f… + l…")
+        object.__setattr__(self, "text", f"{part} of {whole}" if of else part)
         object.__setattr__(self, "_terms", terms)
+        object.__setattr__(self, "_part", part if of else None)
 
     @classmethod
     def where(cls, token_ids: Sequence[int]) -> "Positions":
@@ -275,7 +280,7 @@ class Positions:
     @property
     def parts(self) -> "tuple[Positions, ...]":
         """The rule's terms as rules of their own; a capped sum stays capped."""
-        if len(self._terms) < 2 or " of " in self.text:
+        if len(self._terms) < 2 or self._part is not None:
             return (self,)
         of = f" of {self.text}" if _capped(self._terms) else ""
         return tuple(Positions(term.text + of) for term in self._terms)
@@ -298,8 +303,12 @@ class Positions:
 
     @property
     def _active(self) -> tuple[_Term, ...]:
-        part, of, _ = self.text.replace(" ", "").partition("of")
-        return tuple(t for t in self._terms if t.text == part) if of else self._terms
+        return self._terms if self._part is None else tuple(t for t in self._terms if t.text == self._part)
+
+    @property
+    def _word(self) -> str | None:
+        """The word that is the whole rule, if it is one."""
+        return self._terms[0].word if len(self._terms) == 1 else None
 
     def mask(self, tokens: Tokens) -> Tensor:
         """Bool[batch chunk]: the selected columns of this chunk."""
@@ -309,8 +318,10 @@ class Positions:
         if self.token_ids is not None:
             if tokens.input_ids is None:
                 raise ValueError(f"positions {self.text!r} look at token ids, but the model was given embeddings only")
-            ids = torch.as_tensor(self.token_ids, device=tokens.input_ids.device)
-            found = torch.isin(tokens.input_ids, ids)
+            device = tokens.input_ids.device
+            if device not in self._ids:  # sent to the device once, since sending waits for it
+                self._ids[device] = torch.tensor(self.token_ids, device=device)
+            found = torch.isin(tokens.input_ids, self._ids[device])
             return found if tokens.real is None else found & tokens.real
         half = _capped(self._terms)
         masks = [term.mask(tokens, half and (term.is_first or term.is_last)) for term in self._active]
@@ -318,9 +329,9 @@ class Positions:
 
     def select(self, tokens: Tokens) -> Selection | None:
         """The selection in this chunk; `None` when it is empty for every row without looking."""
-        if tokens.after_prompt and self.in_prompt or tokens.inside_prompt and self.text == "generated":
+        if tokens.after_prompt and self.in_prompt or tokens.inside_prompt and self._word == "generated":
             return None
-        everything = self.text == "all" or (self.text == "generated" and tokens.after_prompt)
+        everything = self._word == "all" or (self._word == "generated" and tokens.after_prompt)
         if everything and tokens.real is None:
             return Selection()
         mask = self.mask(tokens)

@@ -379,10 +379,10 @@ class Interventions(nn.Module, BaseTunerLayer):
         new = h
         with _without_autocast(h.device.type):
             for node in nodes:
-                new = self._apply(run, node, new, x)
+                new = self._act_one(run, node, new, x)
         return None if new is h else new
 
-    def _apply(self, run: Run, node: Acting, h: Tensor, x: Tensor) -> Tensor:
+    def _act_one(self, run: Run, node: Acting, h: Tensor, x: Tensor) -> Tensor:
         selection = run.selection(node.planned.node.positions, h)
         if selection is None:
             return h

@@ -61,7 +61,7 @@ class Replace(Edit):
         return {"a": _vector(self.value, shape, "the activation")}
 
     def edit(self, p: Params, h: Tensor, context: Context) -> Tensor:
-        return p["a"].expand_as(h)
+        return p["a"].expand_as(h).clone()  # a model may add to it in place, as Falcon does
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Ablate(Edit):
         return {"a": torch.zeros(shape.width) if self.mean is None else _vector(self.mean, shape, "the mean")}
 
     def edit(self, p: Params, h: Tensor, context: Context) -> Tensor:
-        return p["a"].expand_as(h)
+        return p["a"].expand_as(h).clone()  # a model may add to it in place, as Falcon does
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,7 @@ class InterventionTuner(BaseTuner):
             layer = Interventions() if layer is None else layer
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 layer.add(adapter_name, plan, model)
+            layer.train(model.training)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             raise

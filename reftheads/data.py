@@ -1,0 +1,183 @@
+"""From text to rows, and from rows to padded batches.
+
+A row is a dict of lists: `input_ids`, `attention_mask`, `labels` with -100 wherever nothing is to be
+learnt, and `prompt_mask`, which says where the prompt is. Prompt and answer are tokenised apart, so that
+the prompt's tokens in training are those of generation.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from reftheads.losses import IGNORE
+
+Message = dict[str, str]
+"""A turn of a conversation: `{"role": "user", "content": "…"}`."""
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    add_eos: bool = True,
+    max_length: int | None = None,
+) -> list[dict[str, list[int]]]:
+    """One row for every prompt with its answer; the answer is what is learnt.
+
+    Args:
+        prompts: tokenised with the tokenizer's special tokens, such as BOS.
+        answers: tokenised without them.
+        add_eos: ends each answer with the tokenizer's EOS token.
+        max_length: cuts longer rows at the left of the prompt, never in the answer, and warns how many.
+
+    Raises:
+        ValueError: no pairs, or numbers of prompts and answers that differ; an answer without tokens or
+            longer than `max_length`.
+    """
+    prompts, answers = list(prompts), list(answers)
+    if len(prompts) != len(answers):
+        raise ValueError(f"every prompt needs its answer: got {len(prompts)} prompts and {len(answers)} answers")
+    if not prompts:
+        raise ValueError("no pairs to encode: give at least one prompt and its answer")
+    end = [tokenizer.eos_token_id] if add_eos and tokenizer.eos_token_id is not None else []
+    prompt_ids = tokenizer(prompts)["input_ids"]
+    answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    return _rows(prompt_ids, [[*ids, *end] for ids in answer_ids], max_length)  # type: ignore[arg-type]
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    max_length: int | None = None,
+) -> list[dict[str, list[int]]]:
+    """One row for every conversation, by the tokenizer's chat template; the last answer is what is learnt.
+
+    The prompt is all before it, up to and with the template's start of an assistant's turn, just as
+    `apply_chat_template(…, add_generation_prompt=True)` gives it to `generate`.
+
+    Args:
+        conversations: each ends with a message of the role "assistant".
+        max_length: as in `encode_pairs`.
+
+    Raises:
+        ValueError: a tokenizer without chat template, no conversations, or one that does not end with
+            an answer.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("this tokenizer has no chat template: use encode_pairs with prompts of your own form")
+    if not conversations:
+        raise ValueError("no conversations to encode: give at least one")
+    prompt_ids, answer_ids = [], []
+    for conversation in conversations:
+        *before, last = messages = list(conversation)
+        if last["role"] != "assistant" or not before:
+            raise ValueError(f"a conversation must end with an answer of the role 'assistant', got {messages!r}")
+        prompt = tokenizer.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert isinstance(prompt, str) and isinstance(whole, str)
+        # a template that rewrites earlier turns once there is an answer has no common beginning
+        answer = whole[len(prompt) :] if whole.startswith(prompt) else f"{last['content']}{tokenizer.eos_token or ''}"
+        prompt_ids.append(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        answer_ids.append(tokenizer(answer.rstrip("\n"), add_special_tokens=False)["input_ids"])
+    return _rows(prompt_ids, answer_ids, max_length)
+
+
+def _rows(prompts: list[list[int]], answers: list[list[int]], max_length: int | None) -> list[dict[str, list[int]]]:
+    rows, cut = [], 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if not answer:
+            raise ValueError("an answer has no tokens, so there is nothing to learn from it: leave that pair out")
+        if max_length is not None and len(prompt) + len(answer) > max_length:
+            if len(answer) >= max_length:
+                raise ValueError(
+                    f"an answer of {len(answer)} tokens leaves no room for its prompt in max_length={max_length}"
+                )
+            prompt = prompt[len(prompt) + len(answer) - max_length :]
+            cut += 1
+        rows.append(
+            {
+                "input_ids": prompt + answer,
+                "attention_mask": [1] * (len(prompt) + len(answer)),
+                "labels": [IGNORE] * len(prompt) + answer,
+                "prompt_mask": [1] * len(prompt) + [0] * len(answer),
+            }
+        )
+    if cut:
+        warnings.warn(
+            f"cut the prompts of {cut} of {len(rows)} rows at the left to max_length={max_length}", stacklevel=3
+        )
+    return rows
+
+
+@dataclass
+class Collator:
+    """Pads rows to a batch, on either side.
+
+    `input_ids` are padded with the tokenizer's pad token, masks with 0, `labels` and other columns that
+    run along the tokens with -100 (floats: NaN, which losses take for missing). Columns with one number
+    a row become a vector.
+
+    Args:
+        tokenizer: for its pad token.
+        padding_side: "right" or "left"; positions count real tokens, so that either is the same to them.
+        pad_to_multiple_of: rounds the length up.
+
+    Raises:
+        ValueError: a tokenizer without pad token, or no rows.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    padding_side: Literal["right", "left"] = "right"
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError(
+                "this tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token "
+                "(rows carry their attention_mask, so that this is safe here)"
+            )
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if not rows:
+            raise ValueError("no rows to put into a batch")
+        length = max(len(row["input_ids"]) for row in rows)
+        multiple = self.pad_to_multiple_of or 1
+        length = -(-length // multiple) * multiple
+        return {name: self._column(name, [row[name] for row in rows], length) for name in rows[0]}
+
+    def _column(self, name: str, values: list[Any], length: int) -> Tensor:
+        tensors = [torch.as_tensor(value) for value in values]
+        if tensors[0].ndim == 0:
+            return torch.stack(tensors)
+        fill: float = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "prompt_mask": 0}.get(
+            name, IGNORE
+        )  # type: ignore[assignment]
+        if tensors[0].is_floating_point():
+            fill = float("nan")
+        tensors.append(tensors[0].new_full((length,), fill))  # type: ignore[arg-type]
+        return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=self.padding_side)[:-1]
+
+
+def prompts_only(batch: Mapping[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
+    """The prompts of a batch, left-padded, as `generate` wants them: `input_ids`, `attention_mask`.
+
+    The prompt is what `prompt_mask` marks, else the real tokens before the first label.
+    """
+    real = batch["attention_mask"].bool()
+    if "prompt_mask" in batch:
+        prompt = real & batch["prompt_mask"].bool()
+    else:
+        prompt = real & ((batch["labels"] != IGNORE).cumsum(1) == 0)
+    prompt, order = torch.sort(prompt.to(torch.uint8), dim=1, stable=True)
+    width = int(prompt.sum(1).max())
+    mask = prompt[:, prompt.shape[1] - width :].long()
+    ids = batch["input_ids"].gather(1, order)[:, order.shape[1] - width :]
+    return {"input_ids": torch.where(mask.bool(), ids, pad_token_id), "attention_mask": mask}

@@ -1,0 +1,78 @@
+"""A base model and its tokenizer: the embedded toy, a local folder or a Hub id, quantised if wanted."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+EMBEDDED = {"tiny-chat": Path(__file__).parent / "tiny_chat"}
+
+
+def load_base(
+    name: str = "tiny-chat",
+    *,
+    bits: int | None = None,
+    auto_class: Any = None,
+    dtype: str | torch.dtype | None = None,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a base model, in evaluation mode, and its tokenizer.
+
+    A tokenizer without pad token gets its EOS token as one, which is safe where lengths come from
+    `attention_mask`, as everywhere here; that of a decoder pads at the left, as generation needs it.
+
+    Args:
+        name: "tiny-chat", the toy chat model that comes with the package; or a local path or Hub id.
+        bits: 4 (nf4, double quantisation) or 8, by bitsandbytes; `None` leaves the weights as they are.
+        auto_class: such as `AutoModelForSequenceClassification`; left out, the checkpoint's own kind:
+            a language model if it is one, else the bare encoder.
+        dtype: of the weights; left out, float32 for the embedded model and the checkpoint's own for others.
+        kwargs: go to `from_pretrained`, such as `device_map` or `revision`.
+
+    Raises:
+        ValueError: bits other than 4 and 8.
+        OSError: nothing of that name, as transformers says it.
+    """
+    if bits not in (None, 4, 8):
+        raise ValueError(f"bits must be 4, 8 or None, got {bits!r}")
+    path = str(EMBEDDED.get(name, name))
+    if bits is not None:
+        kwargs["quantization_config"] = _quantisation(bits)
+    if dtype is None:
+        dtype = "float32" if name in EMBEDDED else "auto"
+    model = (auto_class or _auto_class(path)).from_pretrained(path, dtype=dtype, **kwargs).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not model.config.is_encoder_decoder and model.can_generate():
+        tokenizer.padding_side = "left"
+    return model, tokenizer
+
+
+def _quantisation(bits: int) -> BitsAndBytesConfig:
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+def _auto_class(path: str) -> Any:
+    config = AutoConfig.from_pretrained(path)
+    kinds = config.architectures or []
+    if any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+        return AutoModelForCausalLM
+    if config.is_encoder_decoder and any(kind.endswith("ForConditionalGeneration") for kind in kinds):
+        return AutoModelForSeq2SeqLM
+    return AutoModel

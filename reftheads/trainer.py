@@ -1,0 +1,124 @@
+"""A transformers Trainer that knows intervention graphs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from reftheads.data import Collator, prompts_only
+from reftheads.losses import IGNORE
+from reftheads.model import InterventionModel
+from reftheads.nodes import Head
+
+
+class InterventionTrainer(Trainer):
+    """`transformers.Trainer` with what an `InterventionModel` needs besides.
+
+    * Batches are padded by `Collator`, and keep `prompt_mask` and the heads' target columns.
+    * The losses of heads are means, and stay so under gradient accumulation.
+    * `predict_with_generate` feeds the prompts alone and compares what is generated from them.
+    * A loss that is not finite stops the training before it reaches the weights.
+
+    Args:
+        model: the model to train.
+        args: as for `Trainer`; its `predict_with_generate`, if it has one, counts as well.
+        train_dataset, eval_dataset: rows as from `encode_pairs` or `encode_chat`.
+        processing_class: the tokenizer.
+        predict_with_generate: whether evaluation and prediction generate. `compute_metrics` then gets
+            new tokens as predictions and labels as label ids, both padded with -100.
+        generation_kwargs: for `model.generate`; greedy, at most 64 new tokens, if left out.
+        kwargs: go to `Trainer`.
+
+    Raises:
+        ValueError: an empty dataset; a tokenizer without pad token.
+        FloatingPointError: a loss that is NaN or infinite.
+    """
+
+    model: InterventionModel  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        model: InterventionModel,
+        args: TrainingArguments | None = None,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        data_collator: Any = None,
+        predict_with_generate: bool = False,
+        generation_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if hasattr(dataset, "__len__") and len(dataset) == 0:  # type: ignore[arg-type]
+                raise ValueError(f"{name} is empty: give at least one row, as from encode_pairs")
+        if data_collator is None and processing_class is not None:
+            data_collator = Collator(processing_class)
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.predict_with_generate = predict_with_generate or getattr(self.args, "predict_with_generate", False)
+        self.generation_kwargs = {"max_new_tokens": 64, "do_sample": False, **(generation_kwargs or {})}
+        nodes = [node for plan in model.tuner.layer.plans.values() for node in plan.graph]
+        self._heads = {str(node.name): node.intervention for node in nodes if isinstance(node.intervention, Head)}
+        self._target_names = [t for head in self._heads.values() if (t := head.target) is not None]
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            assert self._signature_columns is not None
+            self._signature_columns += ["prompt_mask", *self._target_names]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        losses: dict[str, Tensor] | None = outputs.get("losses")  # type: ignore[union-attr]
+        if losses and num_items_in_batch is not None and self.model_accepts_loss_kwargs and model.training:
+            # the base model divides its loss by the items of all accumulated batches; the heads' are means of one
+            heads = sum(self._heads[name].weight * value for name, value in losses.items())
+            loss = loss - heads * (1 - 1 / self.current_gradient_accumulation_steps)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step}, so training stops before it reaches the "
+                "weights: lower the learning rate, or look at the rows of this batch"
+            )
+        return loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        self.label_names = [name for name in dict.fromkeys(["labels", *self._target_names]) if name in inputs]
+        if not self.predict_with_generate or prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        assert isinstance(self.processing_class, PreTrainedTokenizerBase)
+        pad = self.processing_class.pad_token_id
+        prompts = prompts_only(inputs, pad)  # type: ignore[arg-type]
+        generate = self.accelerator.unwrap_model(model).generate
+        with torch.no_grad():
+            ids = generate(**prompts, pad_token_id=pad, **self.generation_kwargs)  # type: ignore[operator]
+        new = ids[:, prompts["input_ids"].shape[1] :]
+        if pad != self.processing_class.eos_token_id:
+            new = torch.where(new == pad, IGNORE, new)
+        return loss, new, inputs.get("labels")
