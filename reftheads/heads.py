@@ -24,7 +24,8 @@ class LinearHead(Head):
         dtype: of the parameters and of the computation.
 
     Raises:
-        ValueError: an unknown loss, no outputs, or a target of a shape that fits neither case.
+        ValueError: no outputs, an unknown loss or one that does not go with the number of outputs; in a
+            forward pass, a target of a shape that fits neither case.
     """
 
     outputs: int
@@ -40,6 +41,10 @@ class LinearHead(Head):
             raise ValueError(f"outputs of a LinearHead must be a positive integer, got {self.outputs!r}")
         if self.loss not in losses:
             raise ValueError(f"unknown loss {self.loss!r}: use one of {', '.join(losses)}")
+        if self.outputs > 1 and self.loss in ("mse", "bce"):
+            raise ValueError(f"loss {self.loss!r} is for outputs=1, got outputs={self.outputs}")
+        if self.outputs == 1 and self.loss == "cross_entropy" and self.target is not None:
+            raise ValueError("cross_entropy over one class is always 0: use loss='mse', loss='bce' or more outputs")
         read_dtype(self.dtype)
 
     def parameters(self, shape: Shape) -> dict[str, Tensor]:

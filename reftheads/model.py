@@ -7,17 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 from peft import PeftConfig, PeftModel
 from torch import nn
 
 from reftheads.graph import InterventionGraph
 from reftheads.nodes import NodeModule
 from reftheads.plan import Plan
-from reftheads.tuner import InterventionConfig, InterventionTuner
-
-WEIGHTS = "adapter_model.safetensors"
-PICKLE = "adapter_model.bin"
+from reftheads.tuner import WEIGHTS, InterventionConfig, InterventionTuner, has_file, refuse_pickle
 
 _CARD = """
 ## How to load
@@ -182,11 +178,14 @@ class InterventionModel(PeftModel):
                 f"{model_id} holds a {config.peft_type} adapter, not an intervention graph: load it by peft"
             )
         config.inference_mode = not is_trainable
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         loaded = cls(model, config, adapter_name)
         try:
             loaded.load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
         except Exception:
             loaded.tuner.unload()
+            for parameter in trained:
+                parameter.requires_grad = True
             raise
         return loaded
 
@@ -199,7 +198,9 @@ class InterventionModel(PeftModel):
             ValueError: as in `from_pretrained`; an adapter that this call added is gone again.
         """
         model_id = os.fspath(model_id)
-        _refuse_pickle(model_id, **kwargs)
+        refuse_pickle(model_id, **kwargs)
+        if not has_file(model_id, WEIGHTS, **kwargs):
+            raise ValueError(f"{model_id} holds no {WEIGHTS}: give the directory or Hub id of a saved adapter")
         new = adapter_name not in self.peft_config
         try:
             return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
@@ -219,22 +220,3 @@ def _config(graph: InterventionGraph | PeftConfig) -> Any:
     if isinstance(graph, InterventionConfig):
         return graph
     raise ValueError(f"InterventionModel needs an InterventionGraph or InterventionConfig, got {graph!r}")
-
-
-def _refuse_pickle(model_id: str, subfolder: str | None = None, revision: str | None = None, **_: Any) -> None:
-    """Raises `ValueError` unless there are weights in safetensors: PEFT would fall back to a pickle."""
-    if os.path.isdir(model_id):
-        folder = os.path.join(model_id, subfolder or "")
-        if os.path.exists(os.path.join(folder, WEIGHTS)):
-            return
-        if os.path.exists(os.path.join(folder, PICKLE)):
-            raise ValueError(
-                f"{folder} holds {PICKLE}, a pickle, which could run any code: convert it to {WEIGHTS} where you "
-                "trust it (safetensors.torch.save_file)"
-            )
-        raise ValueError(f"{folder} holds no {WEIGHTS}: give the directory that save_pretrained wrote")
-    name = f"{subfolder}/{WEIGHTS}" if subfolder else WEIGHTS
-    if not huggingface_hub.constants.HF_HUB_OFFLINE and not huggingface_hub.file_exists(
-        model_id, name, revision=revision
-    ):
-        raise ValueError(f"{model_id} holds no {name}: there is no such directory, and no such file on the Hub")

@@ -247,9 +247,9 @@ class Node:
 
 def check_key(key: str, label: str) -> None:
     """Raises `ValueError` for what cannot name a child module or a column of a checkpoint."""
-    if not isinstance(key, str) or not key or "." in key or key.startswith("rh_") or hasattr(nn.ModuleDict, key):
+    if not isinstance(key, str) or not key or "." in key or "rh_" in key or hasattr(nn.ModuleDict, key):
         raise ValueError(
-            f"{label} {key!r} cannot be used: take a word without dots that does not begin with 'rh_' "
+            f"{label} {key!r} cannot be used: take a word that has no dot and no 'rh_' in it "
             "and is no attribute of a torch module"
         )
 
@@ -328,7 +328,7 @@ class NodeModule(nn.Module):
         if isinstance(intervention, Edit):
             return intervention.edit(p, tensors, context)
         assert isinstance(intervention, Reader)
-        return intervention.read(p, tensors, context)
+        return intervention.read(p, tensors.detach() if intervention.detach else tensors, context)
 
     def assign(self, **letters: Any) -> None:
         """Sets parameters by the names or letters of the paper: `node.assign(R=…, W=…, b=…)`.

@@ -12,7 +12,7 @@ def _vector(value: object, shape: Shape, what: str) -> Tensor:
     assert isinstance(value, Constant)
     if value.value.shape != (shape.width,):
         raise ValueError(f"{what} must have shape ({shape.width},), the width there; got {tuple(value.value.shape)}")
-    return value.value.float()
+    return value.value.float().clone()  # nodes made from one definition each have their own
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,17 @@ class Gated(Edit):
 
     Args:
         inner: the edit Φ.
+
+    Raises:
+        ValueError: a source with several outputs.
     """
 
     inner: Edit
     needs_source = True
+
+    @property
+    def needs_linear(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_linear
 
     @property
     def letters(self):  # type: ignore[override]
@@ -114,6 +121,8 @@ class Gated(Edit):
 
     def edit(self, p: Params, h: Tensor, context: Context) -> Tensor:
         assert context.source is not None
+        if context.source.shape[-1] != 1:
+            raise ValueError(f"a gate is one number a token, but its source has {context.source.shape[-1]} outputs")
         gate = torch.sigmoid(context.source.to(h.dtype))
         return h + gate * (self.inner.edit(p, h, context) - h)
 

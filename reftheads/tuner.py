@@ -4,12 +4,14 @@ PEFT takes a method from outside by `register_peft_method`, but its `PeftType` i
 `_add_peft_type` opens it for one member. That is the only step that PEFT does not offer.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import huggingface_hub
 from accelerate import init_empty_weights
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
@@ -26,6 +28,8 @@ from reftheads.runtime import Interventions
 
 PREFIX = "rh_"
 CHILD = "interventions"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
 
 
 def _add_peft_type(name: str) -> PeftType:
@@ -66,16 +70,40 @@ class InterventionConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
-        """Reads `adapter_config.json`. Raises `ValueError` where a local checkpoint would need unpickling."""
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        if os.path.exists(os.path.join(folder, "adapter_model.bin")) and not os.path.exists(
-            os.path.join(folder, "adapter_model.safetensors")
-        ):
-            raise ValueError(
-                f"{folder} holds adapter_model.bin, a pickle, which could run any code: convert it to "
-                "adapter_model.safetensors where you trust it (safetensors.torch.save_file)"
-            )
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        """Reads `adapter_config.json`.
+
+        Raises:
+            ValueError: no such file, a damaged one, or weights beside it that would need unpickling.
+        """
+        path = pretrained_model_name_or_path
+        try:
+            config = super().from_pretrained(path, subfolder=subfolder, **kwargs)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the adapter_config.json of {path} is damaged ({error}): save or copy it again") from error
+        refuse_pickle(path, subfolder=subfolder, **kwargs)
+        return config
+
+
+def has_file(
+    model_id: str, name: str, subfolder: str | None = None, revision: str | None = None, **hub: Any
+) -> bool:
+    """Whether a directory, or a repository of the Hub (offline: what is cached of it), holds a file."""
+    path = os.path.join(subfolder, name) if subfolder else name
+    if os.path.isdir(model_id):
+        return os.path.exists(os.path.join(model_id, path))
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        cached = huggingface_hub.try_to_load_from_cache(model_id, path, hub.get("cache_dir"), revision)
+        return isinstance(cached, str)
+    return huggingface_hub.file_exists(model_id, path, revision=revision, token=hub.get("token"))
+
+
+def refuse_pickle(model_id: str, **hub: Any) -> None:
+    """Raises `ValueError` where PEFT would fall back to a pickle, since there is nothing else."""
+    if has_file(model_id, PICKLE, **hub) and not has_file(model_id, WEIGHTS, **hub):
+        raise ValueError(
+            f"{model_id} holds {PICKLE}, a pickle, which could run any code: convert it to {WEIGHTS} where you trust "
+            "it (safetensors.torch.save_file)"
+        )
 
 
 class InterventionTuner(BaseTuner):
@@ -161,7 +189,25 @@ class InterventionTuner(BaseTuner):
             del self.model.peft_config
         return self.model
 
-    # --- loading ------------------------------------------------------------------------------------------
+    # --- saving and loading -------------------------------------------------------------------------------
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key.replace(f"{CHILD}.rh_nodes.{adapter_name}.", f"{CHILD}.rh_nodes.", 1)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # PEFT has dropped every key in which the name of another adapter occurs, be it the name of a node
+        path, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, Interventions))
+        own = layer.rh_nodes[adapter_name].state_dict(prefix=f"{path}.rh_nodes.{adapter_name}.")
+        return {key: state_dict.get(key, tensor) for key, tensor in own.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -1,0 +1,110 @@
+"""Rows and batches: what is learnt, what is padding, and that prompts are those of generation."""
+
+import pytest
+import torch
+
+import reftheads as rh
+from reftheads.data import prompts_only
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_labels_are_the_answer_and_its_end_and_nothing_else(tokenizer):
+    row = rh.encode_pairs(tokenizer, ["a b c"], ["d e"])[0]
+    learnt = [label for label in row["labels"] if label != -100]
+    assert learnt == tokenizer("d e", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    assert row["input_ids"][: sum(row["prompt_mask"])] == tokenizer("a b c")["input_ids"]
+    assert [mask == 1 for mask in row["prompt_mask"]] == [label == -100 for label in row["labels"]]
+
+
+def test_without_add_eos_the_answer_ends_where_it_ends(tokenizer):
+    row = rh.encode_pairs(tokenizer, ["a"], ["d e"], add_eos=False)[0]
+    assert row["labels"][-1] == tokenizer("e", add_special_tokens=False)["input_ids"][0]
+
+
+def test_truncation_takes_the_left_of_the_prompt_and_says_how_many_rows(tokenizer):
+    with pytest.warns(UserWarning, match="1 of 2 rows"):
+        long, short = rh.encode_pairs(tokenizer, ["a b c d e", "a"], ["d e", "d"], max_length=5)
+    assert len(long["input_ids"]) == 5
+    assert tokenizer.decode(long["input_ids"]) == "d e d e </s>"
+    assert tokenizer.decode(short["input_ids"]) == "a d </s>"
+
+
+def test_an_answer_that_leaves_no_room_for_a_prompt_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="answer of 4 tokens leaves no room"):
+        rh.encode_pairs(tokenizer, ["a"], ["a b c"], max_length=4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "answers", "message"),
+    [([], [], "no pairs"), (["a"], [], "1 prompts and 0 answers")],
+)
+def test_pairs_must_be_some_and_complete(tokenizer, prompts, answers, message):
+    with pytest.raises(ValueError, match=message):
+        rh.encode_pairs(tokenizer, prompts, answers)
+
+
+def test_an_empty_answer_without_an_end_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="nothing to learn"):
+        rh.encode_pairs(tokenizer, ["a"], [""], add_eos=False)
+
+
+def test_the_prompt_of_a_chat_is_what_generation_is_given(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    conversation = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
+    row = rh.encode_chat(tokenizer, [conversation])[0]
+    prompt = tokenizer.apply_chat_template(conversation[:1], add_generation_prompt=True, tokenize=False)
+    assert row["input_ids"][: sum(row["prompt_mask"])] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    answer = [label for label in row["labels"] if label != -100]
+    assert tokenizer.decode(answer) == "c </s>"
+
+
+def test_a_chat_needs_a_template_and_an_answer(tokenizer):
+    with pytest.raises(ValueError, match="no chat template"):
+        rh.encode_chat(tokenizer, [[{"role": "user", "content": "a"}]])
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(ValueError, match="must end with an answer"):
+        rh.encode_chat(tokenizer, [[{"role": "user", "content": "a"}]])
+    with pytest.raises(ValueError, match="no conversations"):
+        rh.encode_chat(tokenizer, [])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_never_attended_learnt_or_prompt(tokenizer, side):
+    rows = rh.encode_pairs(tokenizer, ["a b c", "a"], ["d", "e d"])
+    rows = [{**row, "label": i, "scores": [0.5] * len(row["input_ids"])} for i, row in enumerate(rows)]
+    batch = rh.Collator(tokenizer, padding_side=side, pad_to_multiple_of=4)(rows)
+    assert batch["input_ids"].shape == (2, 8)
+    for i, row in enumerate(rows):
+        real = batch["attention_mask"][i].bool()
+        assert batch["input_ids"][i][real].tolist() == row["input_ids"]
+        assert batch["labels"][i][real].tolist() == row["labels"]
+        assert batch["prompt_mask"][i][real].tolist() == row["prompt_mask"]
+        assert real.tolist() == sorted(real.tolist(), reverse=side == "right")
+        assert (batch["input_ids"][i][~real] == tokenizer.pad_token_id).all()
+        assert (batch["labels"][i][~real] == -100).all() and not batch["prompt_mask"][i][~real].any()
+        assert batch["scores"][i][~real].isnan().all()
+    assert batch["label"].tolist() == [0, 1]
+
+
+def test_a_tokenizer_without_pad_token_is_told_what_to_do(tokenizer):
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match=r"tokenizer.pad_token = tokenizer.eos_token"):
+        rh.Collator(tokenizer)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("explicit", [True, False])
+def test_prompts_only_gives_left_padded_prompts(tokenizer, side, explicit):
+    prompts = ["a b c", "a", "d e"]
+    rows = rh.encode_pairs(tokenizer, prompts, ["d", "e d", "a b c"])
+    batch = rh.Collator(tokenizer, padding_side=side)(rows)
+    if not explicit:
+        del batch["prompt_mask"]
+    got = prompts_only(batch, tokenizer.pad_token_id)
+    want = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    assert torch.equal(got["input_ids"], want["input_ids"])
+    assert torch.equal(got["attention_mask"], want["attention_mask"])

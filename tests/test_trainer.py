@@ -1,0 +1,190 @@
+"""Training: resuming, evaluation, generation, accumulation, mixed precision, checkpointing, bad input."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+
+import reftheads as rh
+
+
+def tiny_llama(vocab: int) -> LlamaForCausalLM:
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def arguments(folder: Path, **options) -> TrainingArguments:
+    defaults = {
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_steps": 6,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(str(folder), **(defaults | options))
+
+
+EDIT = rh.InterventionGraph.over(range(2), rh.LoReFT(rank=2, dropout=0.1), positions="f1+l1")
+
+
+@pytest.fixture
+def rows(tokenizer):
+    return rh.encode_pairs(tokenizer, ["a b c", "d", "e f", "g h i j"] * 2, ["b", "d e", "f", "x y z"] * 2)
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def fit(tokenizer, rows, args, graph=EDIT, trainer=rh.InterventionTrainer, resume=None, **options):
+    model = rh.InterventionModel(tiny_llama(len(tokenizer)), graph)
+    if trainer is Trainer:
+        options["data_collator"] = rh.Collator(tokenizer)
+    made = trainer(model, args, train_dataset=rows, processing_class=tokenizer, **options)
+    made.train(resume_from_checkpoint=resume)
+    return made
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone(tokenizer, rows, tmp_path):
+    before = tiny_llama(len(tokenizer)).state_dict()
+    graph = rh.InterventionGraph.over([1], rh.LoReFT(rank=8), positions="all")
+    trainer = fit(tokenizer, rows, arguments(tmp_path, max_steps=40, learning_rate=5e-2), graph)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+    after = trainer.model.get_base_model().state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tokenizer, rows, tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=3)
+    whole = weights(fit(tokenizer, rows, args).model)
+    resumed = weights(fit(tokenizer, rows, args, resume=str(tmp_path / "checkpoint-3")).model)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_best_model_is_loaded_at_the_end(tokenizer, rows, tmp_path):
+    schedule = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+    # the highest loss counts as best here, so that the best checkpoint is not the last
+    best_first = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = fit(tokenizer, rows, arguments(tmp_path, **schedule, **best_first), eval_dataset=rows)
+    history = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    best = max(history, key=history.get)
+    assert best != max(history)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(history[best], rel=1e-5)
+
+
+def test_plain_trainer_gives_the_same_weights(tokenizer, rows, tmp_path):
+    graph = rh.InterventionGraph.over(range(2), rh.LoReFT(rank=2), positions="l1")
+    ours = weights(fit(tokenizer, rows, arguments(tmp_path / "a"), graph).model)
+    plain = weights(fit(tokenizer, rows, arguments(tmp_path / "b"), graph, trainer=Trainer).model)
+    assert all(torch.equal(ours[name], plain[name]) for name in ours)
+
+
+def test_accumulated_batches_train_as_one_large_batch_does(tokenizer, rows, tmp_path):
+    graph = rh.InterventionGraph(
+        rh.Node(rh.LoReFT(rank=2), layer=0, positions="l1", name="edit"),
+        rh.Node(rh.LinearHead(outputs=2, target="label", weight=0.5), layer=1, positions="l1", name="head"),
+    )
+    rows = [{**row, "label": i % 2} for i, row in enumerate(rows)]
+    large = arguments(tmp_path / "a", per_device_train_batch_size=8, max_steps=2)
+    small = arguments(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2)
+    one, four = (fit(tokenizer, rows, args, graph) for args in (large, small))
+    for name, value in weights(one.model).items():
+        assert torch.allclose(value, weights(four.model)[name], atol=1e-5), name
+    logged = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (one, four)]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
+
+
+def test_evaluation_loss_is_that_of_the_model_in_evaluation_mode(tokenizer, rows, tmp_path):
+    trainer = fit(tokenizer, rows, arguments(tmp_path, per_device_eval_batch_size=8), eval_dataset=rows)
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
+    model = trainer.model.eval()
+    with torch.no_grad():
+        loss = model(**rh.Collator(tokenizer)(rows)).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_prediction_generates_from_the_prompts_alone(tokenizer, rows, tmp_path):
+    trainer = fit(
+        tokenizer,
+        rows,
+        arguments(tmp_path),
+        predict_with_generate=True,
+        generation_kwargs={"max_new_tokens": 3, "eos_token_id": -1},
+    )
+    predicted = trainer.predict(rows[:4])
+    prompts = tokenizer(["a b c", "d", "e f", "g h i j"], return_tensors="pt", padding=True, padding_side="left")
+    width = prompts["input_ids"].shape[1]
+    ids = trainer.model.generate(**prompts, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    want = torch.where(ids[:, width:] == 0, -100, ids[:, width:])
+    assert predicted.predictions.tolist() == want.tolist()
+    assert predicted.metrics["test_loss"] > 0
+
+
+def test_prompt_masks_and_target_columns_reach_the_model(tokenizer, rows, tmp_path):
+    graph = rh.InterventionGraph(
+        rh.Node(rh.LinearHead(outputs=3, target="grade", detach=True), layer=1, positions="l1", name="head")
+    )
+    rows = [{k: v for k, v in row.items() if k != "labels"} | {"grade": i % 3} for i, row in enumerate(rows)]
+    trainer = fit(tokenizer, rows, arguments(tmp_path, max_steps=30), graph, eval_dataset=rows)
+    start = rh.InterventionModel(tiny_llama(len(tokenizer)), graph).eval()
+    with torch.no_grad():
+        first = start(**rh.Collator(tokenizer)(rows)).loss.item()
+    assert trainer.evaluate()["eval_loss"] < first
+
+
+def test_bf16_training_keeps_parameters_in_float32(tokenizer, rows, tmp_path):
+    trainer = fit(tokenizer, rows, arguments(tmp_path, bf16=True, max_steps=20))
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    rotation = trainer.model.node(trainer.model.plan().graph.names[0]).R
+    assert torch.allclose(rotation @ rotation.T, torch.eye(2), atol=1e-5)
+
+
+@pytest.mark.parametrize("component", ["block_output", "query_output", "mlp_activation"])
+def test_activation_checkpointing_trains_the_same_weights(tokenizer, rows, tmp_path, component):
+    graph = rh.InterventionGraph.over(range(2), rh.LoReFT(rank=2), positions="f1+l1", component=component)
+    plain = weights(fit(tokenizer, rows, arguments(tmp_path / "a"), graph).model)
+    args = arguments(tmp_path / "b", gradient_checkpointing=True)
+    checkpointed = weights(fit(tokenizer, rows, args, graph).model)
+    for name, value in plain.items():
+        assert torch.allclose(value, checkpointed[name], atol=1e-6), name
+
+
+def test_an_empty_dataset_is_an_error(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="train_dataset is empty"):
+        fit(tokenizer, [], arguments(tmp_path))
+
+
+def test_a_tokenizer_without_pad_token_is_an_error(tokenizer, rows, tmp_path):
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no pad token"):
+        fit(tokenizer, rows, arguments(tmp_path))
+
+
+def test_a_loss_that_is_not_a_number_stops_before_it_reaches_the_weights(tokenizer, rows, tmp_path):
+    class Poison(rh.InterventionTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * (float("nan") if self.state.global_step == 2 else 1.0)
+
+    model = rh.InterventionModel(tiny_llama(len(tokenizer)), EDIT)
+    trainer = Poison(model, arguments(tmp_path), train_dataset=rows, processing_class=tokenizer)
+    with pytest.raises(FloatingPointError, match="loss is nan at step 2"):
+        trainer.train()
+    assert all(value.isfinite().all() for value in weights(model).values())
