@@ -18,17 +18,24 @@ def record_prompts(base: nn.Module) -> None:
 def _generate(base: Any, *args: Any, **kwargs: Any) -> Any:
     layer: Interventions = base.interventions
     prompt_mask = kwargs.pop("prompt_mask", None)
-    candidates = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-    inputs = next((given for given in candidates if given is not None), None)
-    if inputs is None:
-        return type(base).generate(base, *args, **kwargs)
     if base.config.is_encoder_decoder:
         start = kwargs.get("decoder_input_ids")
-        real = inputs.new_ones((inputs.shape[0], 1 if start is None else start.shape[1]), dtype=torch.bool)
+        real = torch.ones((1, 1) if start is None else tuple(start.shape), dtype=torch.bool, device=base.device)
+        with layer.generating(real, real, encoder_prompt=None if prompt_mask is None else prompt_mask.bool()):
+            return type(base).generate(base, *args, **kwargs)
+    candidates = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    inputs = next((given for given in candidates if given is not None), None)
+    if inputs is None:  # generation starts from one token that begins a text
+        real = torch.ones((1, 1), dtype=torch.bool, device=base.device)
     else:
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = _real_tokens(base, inputs, kwargs)
         real = kwargs["attention_mask"].bool()
+    if prompt_mask is not None and prompt_mask.shape != real.shape:
+        raise ValueError(
+            f"prompt_mask has shape {tuple(prompt_mask.shape)}, but the input {tuple(real.shape)} (rows, columns): "
+            "give one entry a column"
+        )
     prompt = real if prompt_mask is None else real & prompt_mask.bool()
     with layer.generating(real, prompt):
         return type(base).generate(base, *args, **kwargs)
@@ -36,9 +43,12 @@ def _generate(base: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _real_tokens(base: Any, inputs: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """The mask that `generate` makes up where none is given: padding, if it can be told from an end."""
-    config = kwargs.get("generation_config") or base.generation_config
-    pad = kwargs.get("pad_token_id", config.pad_token_id)
-    eos = kwargs.get("eos_token_id", config.eos_token_id)
+    pad, eos = (_option(base, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
     if inputs.ndim == 2 and pad is not None and pad not in (eos if isinstance(eos, list | tuple) else [eos]):
         return (inputs != pad).long()
     return inputs.new_ones(inputs.shape[:2], dtype=torch.long)
+
+
+def _option(base: Any, kwargs: dict[str, Any], name: str) -> Any:
+    given = (kwargs.get(name), getattr(kwargs.get("generation_config"), name, None))
+    return next((value for value in given if value is not None), getattr(base.generation_config, name))

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -34,9 +35,10 @@ class InterventionGraph:
         self._check_sources()
         shared: dict[str, Intervention] = {}
         for node in self.nodes:
-            if shared.setdefault(node.key, node.intervention) != node.intervention:
+            if not _same(first := shared.setdefault(node.key, node.intervention), node.intervention):
                 raise ValueError(
-                    f"nodes that share {node.key!r} need one definition, got {shared[node.key]} and {node.intervention}"
+                    f"nodes that share {node.key!r} need one definition, got {first} and {node.intervention}"
+                    + (" with other numbers" if first == node.intervention else "")
                 )
 
     @classmethod
@@ -152,6 +154,11 @@ def replace_name(node: Node, name: str) -> Node:
         node.intervention, site.layer, site.component, node.positions,
         head=site.head, stack=site.stack, side=site.side, name=name, share=node.share, source=node.source,
     )  # fmt: skip
+
+
+def _same(a: Intervention, b: Intervention) -> bool:
+    """Whether two definitions are equal, the numbers of their constants included."""
+    return a == b and all(torch.equal(x.value, y.value) for x, y in zip(a.constants(), b.constants(), strict=True))
 
 
 def _named(nodes: tuple[Node, ...]) -> tuple[Node, ...]:

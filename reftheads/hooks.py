@@ -18,13 +18,15 @@ def attach(module: nn.Module, side: Side, touch: Touch) -> RemovableHandle:
     """Calls `touch` with the hidden states that enter or leave `module` at every forward pass.
 
     The hidden states are the module's first argument (by position or by name), or its output, or the
-    first element of its output tuple. The hook stays until its handle is removed, and follows a deep
-    copy of the model if `touch` does (a bound method does, a closure does not).
+    first element of its output tuple. On the output side `touch` comes before the hooks that are there
+    already, so that hidden states recorded by transformers are those that go on. The hook stays until
+    its handle is removed, and follows a deep copy of the model if `touch` does (a bound method does, a
+    closure does not).
     """
     tap = _Tap(touch, next(iter(inspect.signature(module.forward).parameters)))
     if side == "input":
         return module.register_forward_pre_hook(tap.before, with_kwargs=True)
-    return module.register_forward_hook(tap.after, with_kwargs=True)
+    return module.register_forward_hook(tap.after, prepend=True, with_kwargs=True)
 
 
 class _Tap:

@@ -21,6 +21,9 @@ class LoRA(Edit):
         alpha: α; the same as the rank if left out.
         dropout: probability, on x in training mode.
         dtype: of the parameters and of the computation.
+
+    Raises:
+        ValueError: a rank below 1 or, at compile time, over a width; an unfit dropout or dtype.
     """
 
     rank: int
@@ -32,6 +35,8 @@ class LoRA(Edit):
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"rank of LoRA must be a positive integer, got {self.rank!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
         read_dtype(self.dtype)
 
     @property

@@ -1,21 +1,24 @@
 """InterventionModel: the PeftModel of a base model and a graph."""
 
+import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+import huggingface_hub
+from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 
 from reftheads.graph import InterventionGraph
 from reftheads.nodes import NodeModule
 from reftheads.plan import Plan
-from reftheads.tuner import WEIGHTS, InterventionConfig, InterventionTuner, has_file, refuse_pickle
+from reftheads.tuner import CHILD, WEIGHTS, InterventionConfig, InterventionTuner, has_file, refuse_pickle
 
-_CARD = """
+_CARD = """<!-- reftheads -->
 ## How to load
 
 PEFT knows this type of adapter once `reftheads` has been imported:
@@ -31,6 +34,7 @@ The intervention graph:
 ```
 {graph}
 ```
+<!-- /reftheads -->
 """
 
 
@@ -84,8 +88,26 @@ class InterventionModel(PeftModel):
         self.tuner.summary(adapter)
 
     def add_adapter(self, adapter_name: str, peft_config: InterventionGraph | PeftConfig, **kwargs: Any) -> None:
-        """Adds a second graph, or a set of parameters of its own for the same one."""
+        """Adds a second graph, or a set of parameters of its own for the same one; `set_adapter` makes it act.
+
+        Raises:
+            ValueError: a name that is taken, or what compiling finds; the model is then as it was.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"this model has an adapter {adapter_name!r} already: take another name, or delete it first"
+            )
         super().add_adapter(adapter_name, _config(peft_config), **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter and its parameters.
+
+        Raises:
+            ValueError: an adapter that the model does not have, or the last one.
+        """
+        if list(self.peft_config) == [adapter_name]:
+            raise ValueError(f"{adapter_name!r} is the last adapter: unload() gives the base model back")
+        super().delete_adapter(adapter_name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Switches to an adapter, or to several that act together in the order given.
@@ -109,8 +131,12 @@ class InterventionModel(PeftModel):
     ) -> None:
         """Writes `adapter_config.json`, `adapter_model.safetensors` and a model card.
 
-        All files are written beside the directory first and then moved into place one by one, the
-        weights first: whenever the process is killed, what lies there is whole.
+        All files are written to a temporary directory first, and moved into place when they are complete, the
+        weights first: a process that is killed while it saves the same graph again leaves the old weights or the
+        new ones.
+
+        Args:
+            kwargs: as for PEFT, such as `selected_adapters`; and `push_to_hub=True` with `repo_id`, `token`, `private`.
 
         Raises:
             ValueError: `safe_serialization=False`, which would write a pickle; positions given by a
@@ -120,34 +146,76 @@ class InterventionModel(PeftModel):
             raise ValueError("safe_serialization=False would write a pickle: adapters are saved as safetensors only")
         for config in self.peft_config.values():
             config.to_dict()
-        target = Path(save_directory)
+        target = Path(os.path.realpath(save_directory))
         if target.is_file():
             raise ValueError(f"{target} is a file: give a directory to save into")
         push = kwargs.pop("push_to_hub", False)
+        hub = {name: kwargs.pop(name) for name in ("repo_id", "token", "private") if name in kwargs}
         kwargs.setdefault("save_embedding_layers", False)
+        # the whole state is not needed, and bitsandbytes changes 4-bit weights that are asked for theirs
+        if kwargs.get("state_dict") is None and not kwargs["save_embedding_layers"]:
+            kwargs["state_dict"] = self.tuner.layer.state_dict(prefix=f"base_model.model.{CHILD}.")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        place = target if target.is_dir() else target.parent  # on one file system with the target in any case
+        prefix = f".{target.name}.saving-"
+        _remove_abandoned(place, prefix)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=place) as folder:
             if (target / "README.md").exists():
                 shutil.copy(target / "README.md", folder)
             super().save_pretrained(folder, **kwargs)
-            target.mkdir(exist_ok=True)
             files = sorted((p for p in Path(folder).rglob("*") if p.is_file()), key=lambda p: p.name != WEIGHTS)
             for file in files:
-                destination = target / file.relative_to(folder)
-                destination.parent.mkdir(exist_ok=True)
                 with open(file, "rb") as written:
                     os.fsync(written.fileno())
+            for file in files:
+                destination = target / file.relative_to(folder)
+                destination.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, destination)
         if push:
-            self.push_to_hub(kwargs.pop("repo_id", target.name))
+            self.push_to_hub(hub.pop("repo_id", target.name), **hub, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload adapter",
+        **kwargs: Any,
+    ) -> Any:
+        """Uploads what `save_pretrained` writes; a model card that is there already is kept and completed.
+
+        Args:
+            repo_id: of the repository, which is made if there is none.
+            kwargs: go to `save_pretrained`.
+        """
+        api = huggingface_hub.HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent, "adapter")
+            if api.file_exists(repo_id, "README.md", revision=revision):
+                folder.mkdir()
+                shutil.copy(api.hf_hub_download(repo_id, "README.md", revision=revision), folder)
+            self.save_pretrained(folder, **kwargs)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
     def create_or_update_model_card(self, output_dir: str) -> None:
+        """PEFT's card, with a section on how to load this adapter and its graph, written anew at every save."""
         super().create_or_update_model_card(output_dir)
         path = Path(output_dir) / "README.md"
-        text = path.read_text(encoding="utf-8")
-        if "## How to load" not in text:
-            graphs = "\n\n".join(str(plan.graph) for plan in self.tuner.layer.plans.values())
-            path.write_text(f"{text.rstrip()}\n{_CARD.format(graph=graphs)}", encoding="utf-8")
+        text = path.read_text(encoding="utf-8").rstrip() + "\n"
+        before, _, rest = text.partition("<!-- reftheads -->\n")
+        after = rest.partition("<!-- /reftheads -->\n")[2]
+        graphs = "\n\n".join(str(plan.graph) for plan in self.tuner.layer.plans.values())
+        path.write_text(f"{before.rstrip()}\n\n{_CARD.format(graph=graphs)}{after}", encoding="utf-8")
 
     @classmethod
     def from_pretrained(
@@ -172,11 +240,7 @@ class InterventionModel(PeftModel):
                 model of other widths. The base model is then as it was.
         """
         model_id = os.fspath(model_id)
-        config = config or InterventionConfig.from_pretrained(model_id, **kwargs)
-        if not isinstance(config, InterventionConfig):
-            raise ValueError(
-                f"{model_id} holds a {config.peft_type} adapter, not an intervention graph: load it by peft"
-            )
+        config = config or _read_config(model_id, **kwargs)
         config.inference_mode = not is_trainable
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         loaded = cls(model, config, adapter_name)
@@ -198,10 +262,12 @@ class InterventionModel(PeftModel):
             ValueError: as in `from_pretrained`; an adapter that this call added is gone again.
         """
         model_id = os.fspath(model_id)
+        new = adapter_name not in self.peft_config
+        if new:
+            _read_config(model_id, **kwargs)
         refuse_pickle(model_id, **kwargs)
         if not has_file(model_id, WEIGHTS, **kwargs):
             raise ValueError(f"{model_id} holds no {WEIGHTS}: give the directory or Hub id of a saved adapter")
-        new = adapter_name not in self.peft_config
         try:
             return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
         except Exception as error:
@@ -212,6 +278,22 @@ class InterventionModel(PeftModel):
                     f"{os.path.join(model_id, WEIGHTS)} is truncated or damaged ({error}): save or copy it again"
                 ) from error
             raise
+
+
+def _remove_abandoned(place: Path, prefix: str) -> None:
+    """Removes what saves that were killed at least an hour ago have left."""
+    for folder in place.glob(f"{glob.escape(prefix)}*"):
+        if time.time() - folder.stat().st_mtime > 3600:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_config(model_id: str, **kwargs: Any) -> InterventionConfig:
+    config = InterventionConfig.from_pretrained(model_id, **kwargs)
+    if not isinstance(config, InterventionConfig):
+        raise ValueError(
+            f"{model_id} holds a {PeftType(config.peft_type).value} adapter, not an intervention graph: load it by peft"
+        )
+    return config
 
 
 def _config(graph: InterventionGraph | PeftConfig) -> Any:

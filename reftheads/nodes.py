@@ -38,11 +38,14 @@ class Shape:
 
     Attributes:
         width: features that it sees.
-        input_width: features that enter the module whose output it edits, if that module is linear.
+        input_width: features that enter the linear module whose output it edits, if it `needs_linear`.
     """
 
     width: int
     input_width: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.width}" if self.input_width is None else f"{self.input_width} → {self.width}"
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,12 @@ class Intervention(ABC):
     def __str__(self) -> str:
         given = [f for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default]  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(f'{f.name}={_shown(getattr(self, f.name))}' for f in given)})"
+
+    def constants(self) -> "list[Constant]":
+        """What the user gave, here and in interventions within this one."""
+        values = [getattr(self, f.name) for f in fields(self)]  # type: ignore[arg-type]
+        inner = [c for value in values if isinstance(value, Intervention) for c in value.constants()]
+        return [value for value in values if isinstance(value, Constant)] + inner
 
     @property
     def derives_from(self) -> tuple[str, ...]:
@@ -138,7 +147,7 @@ def read_dtype(name: str) -> torch.dtype:
 class Constant:
     """A tensor given by the user as part of an intervention's definition.
 
-    Its numbers are saved with the weights; the definition itself says the shape only.
+    Its numbers are saved with the weights; the definition itself says the shape only, and so does equality.
     """
 
     def __init__(self, value: Any):
@@ -218,6 +227,7 @@ class Node:
         return self.share or self.name
 
     def default_name(self) -> str:
+        """A name made from type and site, such as `loreft_3`."""
         site = self.site
         words = [type(self.intervention).__name__.lower(), site.stack]
         words += [None if site.layer is None else str(site.layer)]
@@ -236,18 +246,23 @@ class Node:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Node":
-        """Raises `ValueError` for a type of node that no imported module defines."""
+        """Raises `ValueError` for what `to_dict` cannot have written, or a type that no imported module defines."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"cannot read the node {data!r}: it needs a 'type', and a 'layer' or what else it takes")
         rest = dict(data)
         try:
             intervention = _intervention_from_dict(rest.pop("type"), rest.pop("options", {}))
             return cls(intervention, **rest)
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"cannot read the node {dict(data)!r}: {error}") from error
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"cannot read the node {data!r}: {error!r}") from error
+
+
+_RESERVED = frozenset(dir(nn.ModuleDict()))
 
 
 def check_key(key: str, label: str) -> None:
     """Raises `ValueError` for what cannot name a child module or a column of a checkpoint."""
-    if not isinstance(key, str) or not key or "." in key or "rh_" in key or hasattr(nn.ModuleDict, key):
+    if not isinstance(key, str) or not key or "." in key or "rh_" in key or key in _RESERVED:
         raise ValueError(
             f"{label} {key!r} cannot be used: take a word that has no dot and no 'rh_' in it "
             "and is no attribute of a torch module"
@@ -304,14 +319,15 @@ class NodeModule(nn.Module):
         self.shape = shape
         self.kind = intervention  # nodes of equal definition are derived together
         for name, value in intervention.parameters(shape).items():
+            own = value.detach().clone()  # what comes from a constant of the graph must not change with the weights
             if isinstance(value, nn.Parameter):
-                self.register_parameter(name, value)
+                self.register_parameter(name, nn.Parameter(own, requires_grad=value.requires_grad))
             else:
-                self.register_buffer(name, value)
+                self.register_buffer(name, own)
 
     def stored(self) -> dict[str, Tensor]:
         """Parameters and buffers by name."""
-        return dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
+        return {name: t for name, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -334,23 +350,29 @@ class NodeModule(nn.Module):
         """Sets parameters by the names or letters of the paper: `node.assign(R=…, W=…, b=…)`.
 
         Raises:
-            ValueError: a name that this node does not have, or a value of another shape.
+            ValueError: a name that this node does not have, or a value that does not fit; nothing is changed then.
         """
         stored = self.stored()
-        for letter, value in letters.items():
-            name = self.intervention.letters.get(letter, letter)
-            if name not in stored:
+        given = {letter: torch.as_tensor(value) for letter, value in letters.items()}
+        names = {letter: self.intervention.letters.get(letter, letter) for letter in given}
+        for letter, value in given.items():
+            if names[letter] not in stored:
                 raise ValueError(
                     f"{type(self.intervention).__name__} has no parameter {letter!r}: it has {', '.join(stored)}"
                 )
-            value = torch.as_tensor(value)
-            if value.shape != stored[name].shape:
-                raise ValueError(f"{letter} must have shape {tuple(stored[name].shape)}, got {tuple(value.shape)}")
-            with torch.no_grad():
-                before = stored[name].clone()
-                stored[name].copy_(value)
-                if name != letter and not torch.allclose(getattr(self, letter), value.to(before), atol=1e-4):
-                    stored[name].copy_(before)
+            shape = stored[names[letter]].shape
+            if value.shape != shape:
+                raise ValueError(f"{letter} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+        before = {name: tensor.clone() for name, tensor in stored.items()}
+        with torch.no_grad():
+            for letter, value in given.items():
+                stored[names[letter]].copy_(value)
+            for letter, value in given.items():
+                if names[letter] != letter and not torch.allclose(
+                    getattr(self, letter).float(), value.float(), atol=1e-4
+                ):
+                    for name, tensor in before.items():
+                        stored[name].copy_(tensor)
                     raise ValueError(f"{letter} of a {type(self.intervention).__name__} needs orthonormal rows")
 
     def __getattr__(self, name: str) -> Any:

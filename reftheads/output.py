@@ -19,6 +19,8 @@ class Reading:
     reader: Reader
     value: Tensor
     valid: Tensor
+    columns: Tensor | None  # Long[batch slots], where they lie in the pass; None: slots are its columns
+    length: int  # columns of the pass
     single: bool  # one token a row, by its rule
 
     @property
@@ -65,10 +67,13 @@ def _loss(name: str, reading: Reading, target: Tensor) -> Tensor:
     valid = reading.valid
     target = target.to(valid.device)
     shaped = target[:, None] if target.ndim == 1 and valid.shape[1] == 1 else target
+    if reading.columns is not None and shaped.shape == (len(valid), reading.length):
+        shaped = shaped.gather(1, reading.columns)
     if shaped.shape != valid.shape:
         raise ValueError(
-            f"target {reading.reader.target!r} of head {name!r} has shape {tuple(target.shape)}, but the head reads "
-            f"{tuple(valid.shape)} (batch, tokens): give one target a token that it reads"
+            f"target {reading.reader.target!r} of head {name!r} has shape {tuple(target.shape)}, but the input "
+            f"{(len(valid), reading.length)} (rows, columns), of which the head reads {valid.shape[1]} a row: give one "
+            "target a column, or one a token that it reads"
         )
     return reading.reader.loss_of(reading.value, shaped, valid)
 

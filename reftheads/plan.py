@@ -1,12 +1,13 @@
 """Compiling: a graph and a model give a plan, in which every node knows its module, widths and turn."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
 from reftheads.architectures import Address, StackInfo, locate, stacks
 from reftheads.graph import InterventionGraph
-from reftheads.nodes import Node, Shape
+from reftheads.nodes import Head, Node, NodeModule, Shape
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,13 @@ class PlannedNode:
     address: Address
     shape: Shape
 
+    def new_module(self) -> NodeModule:
+        """Fresh parameters. Raises `ValueError` where they cannot be made for this shape, such as a rank over it."""
+        try:
+            return NodeModule(self.node.intervention, self.shape)
+        except ValueError as error:
+            raise ValueError(f"node {self.node.name!r} at {self.node.site}: {error}") from error
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -25,6 +33,21 @@ class Plan:
     graph: InterventionGraph
     nodes: tuple[PlannedNode, ...]
     stacks: tuple[StackInfo, ...]
+
+    def of_stack(self, path: str) -> tuple[PlannedNode, ...]:
+        """The nodes that act in one stack, in the order of the graph."""
+        return self._by_stack.get(path, ())
+
+    @cached_property
+    def _by_stack(self) -> dict[str, tuple[PlannedNode, ...]]:
+        paths = dict.fromkeys(planned.address.stack for planned in self.nodes)
+        return {path: tuple(p for p in self.nodes if p.address.stack == path) for path in paths}
+
+    @cached_property
+    def targets(self) -> tuple[str, ...]:
+        """The columns of a batch that the graph's heads are trained on."""
+        heads = (planned.node.intervention for planned in self.nodes)
+        return tuple(dict.fromkeys(h.target for h in heads if isinstance(h, Head) and h.target is not None))
 
     def __getitem__(self, name: str) -> PlannedNode:
         return next(planned for planned in self.nodes if planned.node.name == name)
@@ -42,18 +65,26 @@ def compile_graph(graph: InterventionGraph, model: nn.Module) -> Plan:
 
     Raises:
         ValueError: an address that the model does not have, a node that needs a linear module where
-            there is none, shared parameters at sites of different widths, a source that does not run
-            before its reader.
+            there is none, a module outside of the stacks of blocks, shared parameters at sites of different
+            widths, a source that does not run before its reader.
     """
     planned = tuple(_place(node, model) for node in graph)
     plan = Plan(graph, planned, stacks(model))
     shapes = plan.shapes()
     for one in planned:
+        path = one.address.module
+        if one.node.site.is_path and not any(
+            f".{path}.".startswith(f".{s.path}." if s.path else ".") for s in plan.stacks
+        ):
+            raise ValueError(
+                f"node {one.node.name!r}: nodes act while the blocks run, and {path!r} is called outside of "
+                f"{' and '.join(repr(s.path) for s in plan.stacks) or 'any'}: use a module within"
+            )
         first, shape = shapes[one.node.key]
         if shape != one.shape:
             raise ValueError(
-                f"nodes {first.node.name!r} and {one.node.name!r} share {one.node.key!r}, but see {shape.width} "
-                f"and {one.shape.width} features: share only among sites of one width"
+                f"nodes {first.node.name!r} and {one.node.name!r} share {one.node.key!r}, but see {shape} and "
+                f"{one.shape} features: share only among sites of one width"
             )
         if one.node.source is not None:
             _check_order(plan, plan[one.node.source], one)
@@ -70,7 +101,7 @@ def _place(node: Node, model: nn.Module) -> PlannedNode:
             f"{address.side} of {address.module or 'the model'!r} ({type(module).__name__}): use a component such as "
             "query_output, or the path of a projection"
         )
-    return PlannedNode(node, address, Shape(address.width, input_width if address.side == "output" else None))
+    return PlannedNode(node, address, Shape(address.width, input_width if node.intervention.needs_linear else None))
 
 
 def _check_order(plan: Plan, source: PlannedNode, reader: PlannedNode) -> None:

@@ -12,6 +12,7 @@ synchronisation with the host.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -285,17 +286,17 @@ class Positions:
         of = f" of {self.text}" if _capped(self._terms) else ""
         return tuple(Positions(term.text + of) for term in self._terms)
 
-    @property
+    @cached_property
     def in_prompt(self) -> bool:
         """Whether only tokens of the prompt can be selected."""
         return bool(self._terms) and all(term.word in (None, "prompt") for term in self._terms)
 
-    @property
+    @cached_property
     def needs_prompt(self) -> bool:
         """Whether the rule means nothing until it is known where the prompt ends."""
         return bool(self._terms) and any(term.word != "all" for term in self._terms)
 
-    @property
+    @cached_property
     def bound(self) -> int | None:
         """The most tokens that can be selected in a row; `None` if there is no limit."""
         bounds = [term.bound for term in self._active] if self._terms else [None]

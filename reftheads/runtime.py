@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from reftheads.architectures import StackInfo
 from reftheads.hooks import attach
 from reftheads.losses import IGNORE
-from reftheads.nodes import Context, Edit, Head, NodeModule, Params, Reader
+from reftheads.nodes import Context, Edit, NodeModule, Params, Reader
 from reftheads.output import Reading, extend
 from reftheads.plan import Plan, PlannedNode
 from reftheads.positions import Positions, Selection, Tokens
@@ -100,13 +100,34 @@ class Call:
     readings: dict[NodeKey, Reading] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a node reads of another one: [batch slots outputs], and which slots hold a token."""
+
+    value: Tensor
+    valid: Tensor
+
+    def since(self, before: "Source | None") -> "Source":
+        """What is known after this chunk, where each row's one token may lie in an earlier one."""
+        if before is None:
+            return self
+        value = torch.where(self.valid[..., None], self.value, before.value)
+        return Source(value, self.valid | before.valid)
+
+    def repeated(self, rows: int) -> "Source":
+        """For `rows` rows: behind an encoder, beams and return sequences repeat each of its rows."""
+        times = rows // self.value.shape[0]
+        return self if times <= 1 else Source(*(t.repeat_interleave(times, 0) for t in (self.value, self.valid)))
+
+
 @dataclass
 class Generation:
     """What `generate` started from; holds for all passes until it ends."""
 
     real: Tensor  # Bool[rows columns], of the input of the stack that generates
     prompt: Tensor  # Bool[rows columns]
-    sources: dict[NodeKey, Tensor] = field(default_factory=dict)
+    encoder_prompt: Tensor | None = None  # Bool[rows columns], of the input of an encoder before it
+    sources: dict[NodeKey, Source] = field(default_factory=dict)
     derived: dict[int, Params] = field(default_factory=dict)
     _expanded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -133,19 +154,27 @@ class Interventions(nn.Module, BaseTunerLayer):
         self.generation: Generation | None = None
         self.adapter_names: Sequence[str] | None = None  # one a row, as PEFT passes them
         self._generative = False
+        self._seq2seq = False
         self._handles: dict[Any, list[RemovableHandle]] = {}
         self._argument_names: dict[str, list[str]] = {}
         self._checkpointing: dict[str, list[nn.Module]] = {}
         self._devices: dict[NodeKey, torch.device] = {}
         self._indices: dict[tuple, Tensor] = {}
 
+    @property
+    def weight(self) -> Tensor:
+        """There is none: PEFT's other layers wrap one, and would look for it here without end."""
+        raise AttributeError("interventions wrap no layer and have no weight of their own")
+
+    bias = weight
+
     # --- adapters ---------------------------------------------------------------------------------------
 
     def add(self, adapter: str, plan: Plan, base: nn.Module) -> None:
         """Makes the parameters of `plan` under the name `adapter` and installs the hooks it needs."""
         nodes = nn.ModuleDict()
-        for key, (planned, shape) in plan.shapes().items():
-            nodes[key] = NodeModule(planned.node.intervention, shape)
+        for key, (planned, _) in plan.shapes().items():
+            nodes[key] = planned.new_module()
             self._devices[adapter, key] = _device(base.get_submodule(planned.address.module), base)
         self.rh_nodes[adapter] = nodes
         self.plans[adapter] = plan
@@ -155,6 +184,11 @@ class Interventions(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.plans.pop(adapter_name, None)
+        addresses = [planned.address for plan in self.plans.values() for planned in plan.nodes]
+        used = {None, *(a.stack for a in addresses), *((a.module, a.side) for a in addresses)}
+        for key in [key for key in self._handles if key not in used]:
+            for handle in self._handles.pop(key):
+                handle.remove()
 
     def detach_hooks(self) -> None:
         """Removes every hook; the base model is then as if no graph had ever been compiled into it."""
@@ -178,6 +212,7 @@ class Interventions(nn.Module, BaseTunerLayer):
         used = [stack for stack in plan.stacks if stack.path in keys.values()]
         if None not in self._handles:
             self._generative = callable(can := getattr(base, "can_generate", None)) and bool(can())
+            self._seq2seq = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
             self._argument_names[""] = _arguments(base)
             self._handles[None] = [base.register_forward_pre_hook(self._call_begins, with_kwargs=True)]
         for stack in used:
@@ -204,13 +239,8 @@ class Interventions(nn.Module, BaseTunerLayer):
 
     def _call_begins(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]):
         kwargs = dict(kwargs)
-        names = {
-            head.target
-            for plan in self.plans.values()
-            for p in plan.nodes
-            if isinstance(head := p.node.intervention, Head) and head.target is not None
-        }
-        targets = {name: kwargs.pop(name) for name in names if name in kwargs}
+        names = [name for plan in self.plans.values() for name in plan.targets if name in kwargs]
+        targets = {name: kwargs.pop(name) for name in dict.fromkeys(names)}
         prompt_mask = kwargs.pop("prompt_mask", None)
         labels = kwargs.get("labels", _named(self._argument_names[""], args).get("labels"))
         self.call = Call(labels, prompt_mask, {k: v for k, v in targets.items() if v is not None})
@@ -249,7 +279,8 @@ class Interventions(nn.Module, BaseTunerLayer):
                 rows = self._rows_of(adapter, tokens)
             act = Acting((adapter, str(planned.node.name)), planned, node_module, derived[id(node_module)], rows)
             acting.setdefault((planned.address.module, planned.address.side), []).append(act)
-        self.runs[stack.path] = Run(frame, acting, shape)
+        readings = {} if self.call is None else dict(self.call.readings)
+        self.runs[stack.path] = Run(frame, acting, shape, readings)
         for block in self._checkpointing[stack.path]:
             checkpoint = getattr(block, "_gradient_checkpointing_func", None)
             if block.gradient_checkpointing and checkpoint is not None and not isinstance(checkpoint, _KeepRun):
@@ -265,10 +296,9 @@ class Interventions(nn.Module, BaseTunerLayer):
         for adapter in adapters:
             if adapter not in self.plans:
                 continue
-            for planned in self.plans[adapter].nodes:
-                if planned.address.stack == stack:
-                    module = self.rh_nodes[adapter][planned.node.key]  # type: ignore[index]
-                    yield (adapter, planned.node.key), planned, module
+            modules = self.rh_nodes[adapter]
+            for planned in self.plans[adapter].of_stack(stack):
+                yield (adapter, planned.node.key), planned, modules[planned.node.key]  # type: ignore[index]
 
     def _rows_of(self, adapter: str, tokens: Tensor) -> Tensor:
         assert self.adapter_names is not None
@@ -287,13 +317,13 @@ class Interventions(nn.Module, BaseTunerLayer):
         flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if self.generation is not None and stack.causal and shape is not None:
             return Frame(past, *self.generation.masks(shape[0]), ids)
+        relative = [str(rule) for rule in rules if rule.needs_prompt]
+        if relative and _packed(given):
+            raise ValueError(
+                f"positions {relative[0]!r} need one row a sequence, and these rows are packed: unpack them"
+            )
         prompt = self._prompt_mask(stack, shape, past)
         if prompt is None and shape is not None:
-            relative = [str(rule) for rule in rules if rule.needs_prompt]
-            if relative and given.get("cu_seq_lens_q") is not None:
-                raise ValueError(
-                    f"positions {relative[0]!r} need one row a sequence, and these rows are packed: unpack them"
-                )
             if relative and mask is not None and flat is None:
                 raise ValueError(
                     f"positions {relative[0]!r} count real tokens, which a mask of this form does not show: pass a "
@@ -312,18 +342,26 @@ class Interventions(nn.Module, BaseTunerLayer):
         return self.call is not None and bool(self.call.targets)
 
     def _prompt_mask(self, stack: StackInfo, shape: tuple[int, int] | None, past: int | Tensor) -> Tensor | None:
-        if self.call is None or not stack.causal:
-            return None
-        second_stack = any(len(plan.stacks) > 1 for plan in self.plans.values())
-        if self.call.prompt_mask is not None and not second_stack:
-            return self.call.prompt_mask
-        labels = self.call.labels
-        if not self._generative or labels is None or shape is None or tuple(labels.shape) != shape:
+        if self._reads_input(stack):
+            given = self.call.prompt_mask if self.call is not None else None
+            if self.generation is not None and not stack.causal:
+                given = self.generation.encoder_prompt
+            if given is not None:
+                return given
+        labels = None if self.call is None else self.call.labels
+        if not stack.causal or not self._generative or labels is None or shape is None or labels.shape != shape:
             return None
         answered = (labels != IGNORE).long()
         # the decoder of an encoder-decoder model is fed the labels one column late
-        before = answered.cumsum(1) - answered if second_stack else answered.cumsum(1)
-        return before == 0
+        before = answered.cumsum(1) - answered if self._seq2seq else answered.cumsum(1)
+        cached = before.new_zeros((shape[0], int(past)))  # labels cover this chunk; what lies before is prompt
+        return torch.cat([cached, before], dim=1) == 0
+
+    def _reads_input(self, stack: StackInfo) -> bool:
+        """Whether the stack is fed the input that a prompt mask is about, not the answer or an image."""
+        if self._seq2seq:
+            return not stack.causal
+        return stack.causal or all(len(plan.stacks) == 1 for plan in self.plans.values())
 
     def _derive(self, modules: Iterable[NodeModule]) -> dict[int, Params | None]:
         """The parameters of every module with what is derived from them; modules of one kind together."""
@@ -338,7 +376,7 @@ class Interventions(nn.Module, BaseTunerLayer):
                 out[key] = reuse[key]
                 continue
             stored = module.stored()
-            if any(hasattr(t, "ds_id") for t in stored.values()):  # ZeRO-3 gathers inside the module's call only
+            if hasattr(next(iter(stored.values()), None), "ds_id"):  # ZeRO-3 gathers inside the module's call only
                 out[key] = None
                 continue
             out[key] = stored
@@ -376,10 +414,12 @@ class Interventions(nn.Module, BaseTunerLayer):
         return self._act(run, run.acting[key], h, x)
 
     def _act(self, run: Run, nodes: Sequence[Acting], h: Tensor, x: Tensor) -> Tensor | None:
+        if torch.is_autocast_enabled(h.device.type):
+            with torch.autocast(h.device.type, enabled=False):
+                return self._act(run, nodes, h, x)
         new = h
-        with _without_autocast(h.device.type):
-            for node in nodes:
-                new = self._act_one(run, node, new, x)
+        for node in nodes:
+            new = self._act_one(run, node, new, x)
         return None if new is h else new
 
     def _act_one(self, run: Run, node: Acting, h: Tensor, x: Tensor) -> Tensor:
@@ -389,13 +429,19 @@ class Interventions(nn.Module, BaseTunerLayer):
         if node.rows is not None:
             selection = selection.rows(node.rows, h.shape[1])
         intervention = node.module.intervention
+        source = None
+        if node.planned.node.source is not None:
+            source = self._source(run, node).repeated(h.shape[0])
+            if self._single(node):  # a row without the token that decides stays as it is
+                self._check_decided(run, node, h.shape[1])
+                selection = selection.rows(source.valid[:, 0], h.shape[1])
         index = self._index(node.planned, h.device)
         picked = selection.gather(h)
         part = picked if index is None else picked[..., index]
         dtype = node.module.dtype or h.dtype
         context = Context(
             x=selection.gather(x).to(dtype) if intervention.needs_linear else None,
-            source=self._source(run, node) if node.planned.node.source is not None else None,
+            source=None if source is None else source.value,
             training=node.module.training,
         )
         result = node.module(node.params, part.to(dtype), context)
@@ -406,30 +452,46 @@ class Interventions(nn.Module, BaseTunerLayer):
                 whole[..., index] = result
                 result = whole
             return selection.scatter(h, picked, result)
-        self._keep(run, node, result, selection.validity(h))
+        self._keep(run, node, result, selection, h)
         return h
 
-    def _keep(self, run: Run, node: Acting, value: Tensor, valid: Tensor) -> None:
+    def _keep(self, run: Run, node: Acting, value: Tensor, selection: Selection, h: Tensor) -> None:
+        valid = selection.validity(h)
         value = torch.where(valid[..., None], value, torch.zeros_like(value))
         single = node.planned.node.positions.bound == 1
         assert isinstance(node.module.intervention, Reader)
-        run.readings[node.key] = Reading(node.module.intervention, value, valid, single)
+        run.readings[node.key] = Reading(node.module.intervention, value, valid, selection.columns, h.shape[1], single)
         if single and self.generation is not None:
-            before = self.generation.sources.get(node.key)
-            keep = value if before is None else torch.where(valid[..., None], value, before)
-            self.generation.sources[node.key] = keep
+            sources = self.generation.sources
+            sources[node.key] = Source(value, valid).since(sources.get(node.key))
 
-    def _source(self, run: Run, node: Acting) -> Tensor:
+    def _source(self, run: Run, node: Acting) -> Source:
         key = (node.key[0], str(node.planned.node.source))
         if self.generation is not None and key in self.generation.sources:
             return self.generation.sources[key]
-        reading = run.readings.get(key) or (self.call and self.call.readings.get(key))
-        if not reading:
+        if key not in run.readings:
             raise ValueError(
                 f"node {node.key[1]!r} reads {key[1]!r}, which has not run in this pass: its tokens lie before this "
                 "chunk. Pass the whole input, or use generate, which remembers"
             )
-        return reading.value
+        return Source(run.readings[key].value, run.readings[key].valid)
+
+    def _check_decided(self, run: Run, node: Acting, chunk: int) -> None:
+        """Raises `ValueError` where tokens of this chunk may hang on one that comes in a later chunk."""
+        frame, rule = run.frame, node.planned.node.positions
+        source = self.plans[node.key[0]][str(node.planned.node.source)].node
+        if source.positions == rule or str(rule) == "generated" or str(source.positions) in ("f1", "0"):
+            return
+        prompt = frame.prompt_mask
+        if prompt is not None and isinstance(frame.past, int) and frame.past + chunk < prompt.shape[1]:
+            raise ValueError(
+                f"node {node.key[1]!r} at {rule} reads {source.name!r} at {source.positions}, which may lie behind "
+                "this chunk of the prompt: feed the prompt whole, or edit at positions 'generated'"
+            )
+
+    def _single(self, node: Acting) -> bool:
+        """Whether the node's source selects one token a row, by its rule."""
+        return self.plans[node.key[0]][str(node.planned.node.source)].node.positions.bound == 1
 
     def _index(self, planned: PlannedNode, device: torch.device) -> slice | Tensor | None:
         columns = planned.address.columns
@@ -455,9 +517,9 @@ class Interventions(nn.Module, BaseTunerLayer):
             self.adapter_names = before
 
     @contextmanager
-    def generating(self, real: Tensor, prompt: Tensor) -> Iterator[None]:
+    def generating(self, real: Tensor, prompt: Tensor, encoder_prompt: Tensor | None = None) -> Iterator[None]:
         """Within, every pass continues this input: Bool[rows columns] each, real tokens and those of the prompt."""
-        before, self.generation = self.generation, Generation(real, prompt)
+        before, self.generation = self.generation, Generation(real, prompt, encoder_prompt)
         try:
             yield
         finally:
@@ -465,16 +527,22 @@ class Interventions(nn.Module, BaseTunerLayer):
 
 
 class _KeepRun:
-    """A checkpoint function under which a block sees the run of its first pass when it is recomputed."""
+    """A checkpoint function under which a block sees the run of its first pass when it is recomputed.
+
+    It never uses reentrant checkpointing, which hides from autograd whatever a block takes and gives other than
+    by its arguments: parameters of nodes, and what they read.
+    """
 
     def __init__(self, layer: Interventions, stack: str, checkpoint: Callable[..., Any]):
         self.layer = layer
         self.stack = stack
         self.checkpoint = checkpoint
+        reentrant = isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant", False)
+        self.options = {"use_reentrant": False} if reentrant else {}
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         run = self.layer.runs.get(self.stack)
-        return self.checkpoint(functools.partial(self._with, run, function), *args, **kwargs)
+        return self.checkpoint(functools.partial(self._with, run, function), *args, **kwargs, **self.options)
 
     def _with(self, run: Run | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         runs = self.layer.runs
@@ -489,13 +557,14 @@ class _KeepRun:
                 runs[self.stack] = before
 
 
-@contextmanager
-def _without_autocast(device: str) -> Iterator[None]:
-    if not torch.is_autocast_enabled(device):
-        yield
-        return
-    with torch.autocast(device, enabled=False):
-        yield
+def _packed(given: Mapping[str, Any]) -> bool:
+    """Whether a row holds several sequences, as its positions show where there is no mask."""
+    positions = given.get("position_ids")
+    if given.get("cu_seq_lens_q") is not None:
+        return True
+    if given.get("attention_mask") is not None or not isinstance(positions, Tensor) or positions.ndim != 2:
+        return False
+    return bool((positions[:, 1:] <= positions[:, :-1]).any())
 
 
 def _arguments(module: nn.Module) -> list[str]:

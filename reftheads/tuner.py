@@ -6,6 +6,7 @@ PEFT takes a method from outside by `register_peft_method`, but its `PeftType` i
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -79,14 +80,14 @@ class InterventionConfig(PeftConfig):
         try:
             config = super().from_pretrained(path, subfolder=subfolder, **kwargs)
         except json.JSONDecodeError as error:
-            raise ValueError(f"the adapter_config.json of {path} is damaged ({error}): save or copy it again") from error
+            raise ValueError(
+                f"the adapter_config.json of {path} is damaged ({error}): save or copy it again"
+            ) from error
         refuse_pickle(path, subfolder=subfolder, **kwargs)
         return config
 
 
-def has_file(
-    model_id: str, name: str, subfolder: str | None = None, revision: str | None = None, **hub: Any
-) -> bool:
+def has_file(model_id: str, name: str, subfolder: str | None = None, revision: str | None = None, **hub: Any) -> bool:
     """Whether a directory, or a repository of the Hub (offline: what is cached of it), holds a file."""
     path = os.path.join(subfolder, name) if subfolder else name
     if os.path.isdir(model_id):
@@ -112,6 +113,15 @@ class InterventionTuner(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = Interventions
     target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str, **kwargs: Any):
+        if adapter_name in getattr(getattr(model, CHILD, None), "plans", ()):
+            # before PEFT replaces the configuration of the adapter that is there
+            raise ValueError(
+                f"this model has an adapter {adapter_name!r} already: call unload() on the PeftModel that wraps it, or "
+                "take a fresh base model"
+            )
+        super().__init__(model, peft_config, adapter_name, **kwargs)
 
     @property
     def layer(self) -> Interventions:
@@ -142,14 +152,8 @@ class InterventionTuner(BaseTuner):
         assert isinstance(config, InterventionConfig)
         try:
             check_key(adapter_name, "adapter name")
-            layer = getattr(model, CHILD, None)
-            if layer is not None and adapter_name in layer.plans:
-                raise ValueError(
-                    f"this model has an adapter {adapter_name!r} already: add another by model.add_adapter(name, "
-                    "config), or call unload() first"
-                )
             plan = compile_graph(config.graph, model)
-            layer = Interventions() if layer is None else layer
+            layer = getattr(model, CHILD, None) or Interventions()
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 layer.add(adapter_name, plan, model)
             layer.train(model.training)
@@ -166,6 +170,21 @@ class InterventionTuner(BaseTuner):
             layer.set_requires_grad(adapter_name, False)
         self._mark_only_adapters_as_trainable(model)
 
+    def train(self, mode: bool = True) -> "InterventionTuner":
+        """As everywhere; and keeps bitsandbytes from packing 4-bit weights for inference on a CPU at an evaluation
+        in between, since no gradient gets through packed weights any more. Warns if it has packed them already.
+        """
+        four_bit = [m for m in self.model.modules() if hasattr(m, "support_avx512bf16_for_cpu")] if mode else []
+        for module in four_bit:
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in four_bit):  # type: ignore[union-attr]
+            warnings.warn(
+                "bitsandbytes has packed the 4-bit weights for inference on this CPU, and no gradient gets through "
+                "them: load the base model again and call train() before its first use",
+                stacklevel=2,
+            )
+        return super().train(mode)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Nothing: parameters have the dtype that their node names."""
 
@@ -176,8 +195,8 @@ class InterventionTuner(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
-            "an edit of activations cannot be merged into weights. LoRA nodes can: convert them by "
-            "reftheads.interop.peft.to_peft and merge the result"
+            "an edit of activations cannot be merged into weights. LoRA nodes can: "
+            "reftheads.interop.peft_lora.merge_lora(model) merges them through PEFT"
         )
 
     def unload(self) -> nn.Module:
@@ -205,20 +224,23 @@ class InterventionTuner(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         # PEFT has dropped every key in which the name of another adapter occurs, be it the name of a node
-        path, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, Interventions))
+        path, layer = _find_layer(model)
         own = layer.rh_nodes[adapter_name].state_dict(prefix=f"{path}.rh_nodes.{adapter_name}.")
-        return {key: state_dict.get(key, tensor) for key, tensor in own.items()}
+        return {key: state_dict[key] if key in state_dict else tensor for key, tensor in own.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        layer = next(module for module in model.modules() if isinstance(module, Interventions))
-        marker = f"{CHILD}.rh_nodes.{adapter_name}."
-        given = {key.partition(marker)[2]: tensor for key, tensor in remapped.items() if marker in key}
-        check_weights(given, layer.rh_nodes[adapter_name], unknown=[key for key in remapped if marker not in key])  # type: ignore[arg-type]
-        return remapped
+        # not by way of model.state_dict(), as PEFT would: bitsandbytes changes 4-bit weights that are asked for it
+        path, layer = _find_layer(model)
+        nodes = layer.rh_nodes[adapter_name]
+        marker = f"{CHILD}.rh_nodes."
+        base = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        beside = {key: tensor for key, tensor in state_dict.items() if key in base}  # embeddings, where PEFT saves them
+        given = {key.rpartition(marker)[2]: tensor for key, tensor in state_dict.items() if key not in beside}
+        check_weights(given, nodes)  # type: ignore[arg-type]
+        return beside | {f"{path}.rh_nodes.{adapter_name}.{key}": tensor for key, tensor in given.items()}
 
     # --- what users ask -------------------------------------------------------------------------------------
 
@@ -261,13 +283,15 @@ class InterventionTuner(BaseTuner):
         print(render(table))
 
 
-def check_weights(given: dict[str, Tensor], nodes: nn.Module, unknown: list[str]) -> None:
+def _find_layer(model: nn.Module) -> tuple[str, Interventions]:
+    return next((path, module) for path, module in model.named_modules() if isinstance(module, Interventions))
+
+
+def check_weights(given: dict[str, Tensor], nodes: nn.Module) -> None:
     """Raises `ValueError` unless `given` has exactly the tensors of `nodes`, in their shapes."""
     expected = nodes.state_dict()
     problems = [f"no weights for {key!r}" for key in expected if key not in given]
-    problems += [
-        f"weights for {key!r}, which the graph does not have" for key in [*given, *unknown] if key not in expected
-    ]
+    problems += [f"weights for {key!r}, which the graph does not have" for key in given if key not in expected]
     problems += [
         f"{key!r} has shape {tuple(given[key].shape)}, and this model needs {tuple(tensor.shape)}"
         for key, tensor in expected.items()

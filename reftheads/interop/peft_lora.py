@@ -1,0 +1,246 @@
+"""LoRA nodes to and from PEFT's LoRA, and merging through it.
+
+A `LoRA` node and a LoRA layer of PEFT compute the same: W x + (α/r) B A x. Where a node edits some
+columns of a fused projection, B gets rows of zeros for the others; several nodes on one module become
+one layer whose rank is the sum of theirs, with every α/r folded into B.
+"""
+
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.utils import set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from reftheads.graph import InterventionGraph
+from reftheads.lora import LoRA
+from reftheads.model import WEIGHTS, InterventionModel
+from reftheads.nodes import Node
+from reftheads.plan import PlannedNode
+from reftheads.tuner import InterventionConfig
+
+_PREFIX = "base_model.model."
+_KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+)\.lora_(?P<letter>[AB])\.weight")
+# Options of PEFT under which a layer computes something else than W x + (α/r) B A x …
+_OTHER_FORMULA = (
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "target_parameters", "kasa_config",
+    "alora_invocation_tokens", "arrow_config", "monteclora_config", "modules_to_save", "trainable_token_indices",
+)  # fmt: skip
+# … and the initialisations that leave W alone; the others (PiSSA, OLoRA …) take something out of it.
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def to_peft_lora(model: InterventionModel, directory: str | os.PathLike, adapter: str | None = None) -> None:
+    """Writes an adapter made of LoRA nodes as a LoRA checkpoint of PEFT.
+
+    `peft.PeftModel.from_pretrained(base, directory)` then computes what `model` does.
+
+    Args:
+        directory: gets `adapter_config.json` and `adapter_model.safetensors`.
+        adapter: which one; the (first) active one if left out.
+
+    Raises:
+        ValueError: a node that PEFT cannot express: another type than LoRA, positions other than
+            `"all"`, or nodes of different dropout. Nothing is written then.
+    """
+    layers = _layers(model, adapter)
+    dropouts = {layer.dropout for layer in layers.values()}
+    if len(dropouts) > 1 or None in dropouts:
+        raise ValueError("the LoRA nodes differ in dropout, and PEFT knows one for all: give them the same")
+    config = _config(model, layers, adapter)
+    config.lora_dropout = dropouts.pop() or 0.0
+    config.inference_mode = True
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export.", dir=target) as folder:
+        config.save_pretrained(folder)
+        save_file(_state_dict(layers), os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
+        for name in (WEIGHTS, "adapter_config.json"):
+            os.replace(os.path.join(folder, name), target / name)
+
+
+def from_peft_lora(
+    base: nn.Module,
+    model_id: str | os.PathLike,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    **hub: Any,
+) -> InterventionModel:
+    """Loads a LoRA checkpoint of PEFT as a graph with a LoRA node at every module that it adapts.
+
+    Args:
+        base: the model that it was trained on; the graph is compiled into it.
+        model_id: a directory, or the id of a Hub repository.
+        is_trainable: whether to go on training it.
+        hub: such as `revision` or `subfolder`.
+
+    Raises:
+        ValueError: a checkpoint that is no LoRA, is not in safetensors, is damaged, does not fit the model,
+            or uses an option that changes LoRA's formula (DoRA, `modules_to_save`, PiSSA …). The base
+            model is then as it was.
+    """
+    config = PeftConfig.from_pretrained(os.fspath(model_id), **hub)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{model_id} holds a {config.peft_type} adapter, not a LoRA: load it by peft")
+    used = [name for name in _OTHER_FORMULA if getattr(config, name, None)]
+    used += [f"bias={config.bias!r}"] if config.bias != "none" else []
+    used += [f"init_lora_weights={init!r}"] if (init := config.init_lora_weights) not in _PLAIN_INITS else []
+    if used:
+        raise ValueError(
+            f"{model_id} uses {', '.join(used)}, for which a LoRA node has no counterpart: load it by peft"
+        )
+    nodes, weights = [], {}
+    for module, pair in _read(os.fspath(model_id), **hub).items():
+        if "." not in module:
+            raise ValueError(f"{model_id} adapts {module!r}, where nodes do not act: they act within the blocks")
+        rank = pair["A"].shape[0]
+        patterns = config.alpha_pattern or {}
+        alpha = patterns.get(get_pattern_key(list(patterns), module), config.lora_alpha)
+        alpha = alpha * rank**0.5 if config.use_rslora else alpha
+        dtype = str(pair["A"].dtype).removeprefix("torch.")
+        name = f"lora_{module.replace('.', '_')}"
+        nodes.append(Node(LoRA(rank, alpha, config.lora_dropout, dtype), component=module, name=name))
+        weights[name] = pair
+    graph_config = InterventionConfig(
+        graph=InterventionGraph(*nodes), inference_mode=not is_trainable,
+        base_model_name_or_path=config.base_model_name_or_path, task_type=config.task_type,
+    )  # fmt: skip
+    model = InterventionModel(base, graph_config, adapter_name)
+    try:
+        for name, pair in weights.items():
+            model.node(name).assign(**pair)
+    except ValueError:
+        model.tuner.unload()
+        raise
+    return model
+
+
+def merge_lora(model: InterventionModel, adapter: str | None = None) -> nn.Module:
+    """The base model with an adapter's LoRA nodes merged into its weights, through PEFT.
+
+    The model itself is used up: all its adapters and hooks are gone from the base model.
+
+    Args:
+        adapter: which one; the (first) active one if left out.
+
+    Raises:
+        ValueError: a node that cannot be merged, as in `to_peft_lora`, or weights that are not finite.
+            The model is then as it was.
+    """
+    layers = _layers(model, adapter)
+    for path, layer in layers.items():
+        if not (layer.a.isfinite().all() and layer.b.isfinite().all()):
+            raise ValueError(f"the LoRA of {path!r} has weights that are not finite: it cannot be merged")
+    config = _config(model, layers, adapter)
+    lora = get_peft_model(model.tuner.unload(), config)  # type: ignore[arg-type]
+    set_peft_model_state_dict(lora, _state_dict(layers))
+    return lora.merge_and_unload()  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One LoRA layer of PEFT."""
+
+    a: Tensor  # [rank inputs]
+    b: Tensor  # [outputs rank]
+    alpha: float
+    dropout: float | None  # None: its nodes differ
+    transposed: bool  # whether the module is a Conv1D
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+def _layers(model: InterventionModel, adapter: str | None) -> dict[str, _Layer]:
+    """By module path. Raises `ValueError` for a node that PEFT's LoRA cannot express."""
+    grouped: dict[str, list[PlannedNode]] = {}
+    for planned in model.plan(adapter).nodes:
+        name, intervention, positions = planned.node.name, planned.node.intervention, planned.node.positions
+        if not isinstance(intervention, LoRA):
+            raise ValueError(
+                f"node {name!r} is a {type(intervention).__name__}, which PEFT's LoRA cannot express: keep it in an "
+                "adapter of its own"
+            )
+        if str(positions) != "all":
+            raise ValueError(
+                f"node {name!r} acts on positions {str(positions)!r}, and PEFT's LoRA on every token: only nodes with "
+                "positions='all' can be converted or merged"
+            )
+        grouped.setdefault(planned.address.module, []).append(planned)
+    return {path: _layer(model, adapter, path, nodes) for path, nodes in grouped.items()}
+
+
+def _layer(model: InterventionModel, adapter: str | None, path: str, nodes: list[PlannedNode]) -> _Layer:
+    module = model.tuner.model.get_submodule(path)
+    outputs = getattr(module, "nf" if isinstance(module, Conv1D) else "out_features")
+    a, b, interventions = [], [], []
+    for planned in nodes:
+        intervention, stored = planned.node.intervention, model.node(str(planned.node.name), adapter).stored()
+        assert isinstance(intervention, LoRA)
+        rows = stored["B"].new_zeros(outputs, intervention.rank)
+        rows[planned.address.index] = stored["B"].detach()
+        a.append(stored["A"].detach())
+        b.append(rows if len(nodes) == 1 else intervention.scaling * rows)
+        interventions.append(intervention)
+    first, rank = interventions[0], sum(i.rank for i in interventions)
+    alpha = rank if first.alpha is None or len(nodes) > 1 else first.alpha
+    dropout = first.dropout if all(i.dropout == first.dropout for i in interventions) else None
+    return _Layer(torch.cat(a), torch.cat(b, dim=1), alpha, dropout, isinstance(module, Conv1D))
+
+
+def _config(model: InterventionModel, layers: dict[str, _Layer], adapter: str | None) -> LoraConfig:
+    first = next(iter(layers.values()))
+    ours = model.peft_config[adapter or model.tuner.active_adapters[0]]
+    return LoraConfig(
+        r=first.rank,
+        lora_alpha=first.alpha,  # type: ignore[arg-type]
+        target_modules=list(layers),
+        rank_pattern={path: layer.rank for path, layer in layers.items() if layer.rank != first.rank},
+        alpha_pattern={path: layer.alpha for path, layer in layers.items() if layer.alpha != first.alpha},
+        fan_in_fan_out=all(layer.transposed for layer in layers.values()),
+        base_model_name_or_path=ours.base_model_name_or_path,
+        task_type=ours.task_type,
+    )
+
+
+def _state_dict(layers: dict[str, _Layer]) -> dict[str, Tensor]:
+    named = {f"{_PREFIX}{path}.lora_A.weight": layer.a for path, layer in layers.items()}
+    named |= {f"{_PREFIX}{path}.lora_B.weight": layer.b for path, layer in layers.items()}
+    return {key: tensor.cpu().contiguous() for key, tensor in named.items()}
+
+
+def _read(model_id: str, subfolder: str | None = None, **hub: Any) -> dict[str, dict[str, Tensor]]:
+    """`{module: {"A": …, "B": …}}` of a checkpoint; raises `ValueError` for anything else in it."""
+    if os.path.isdir(model_id):
+        file = os.path.join(model_id, subfolder or "", WEIGHTS)
+        if not os.path.exists(file):
+            raise ValueError(f"there is no {file}: a LoRA is read from safetensors only, never from a pickle")
+    else:
+        file = huggingface_hub.hf_hub_download(model_id, WEIGHTS, subfolder=subfolder, **hub)
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or damaged ({error}): save or copy it again") from error
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{file} holds {key!r}, for which a LoRA node has no counterpart: load it by peft")
+        found.setdefault(match["module"], {})[match["letter"]] = tensor
+    for module, pair in found.items():
+        if pair.keys() != {"A", "B"}:
+            raise ValueError(f"{file} holds only one of the two factors of {module!r}: it is damaged, copy it again")
+    if not found:
+        raise ValueError(f"{file} holds no weights")
+    return found
