@@ -55,6 +55,11 @@ class _Heads:
         return self.projections[0], "output", as_range(columns)
 
 
+def reads_other_stack(path: str) -> bool:
+    """Whether a module is the key or value projection of a cross-attention: it sees the encoder's tokens."""
+    return _is_cross(path) and leaf(path) in (*_KEY, *_VALUE)
+
+
 def attention_owner(block: nn.Module) -> tuple[str, nn.Module] | None:
     """The first module of the block with a query projection that is no cross-attention."""
     for path, module in block.named_modules():

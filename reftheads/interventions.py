@@ -81,10 +81,18 @@ class LowRank(Edit):
 
     @property
     def derives_from(self) -> tuple[str, ...]:
-        return ("M",) if self.orthonormal else ()
+        return (("M", "W") if self._one_product else ("M",)) if self.orthonormal else ()
 
     def derive(self, p: Params) -> Params:
-        return {"R": orthonormalise(p["M"])} if self.orthonormal else {}
+        if not self.orthonormal:
+            return {}
+        r = orthonormalise(p["M"])
+        return {"R": r, "D": p["W"] - r.to(p["W"].dtype)} if self._one_product else {"R": r}
+
+    @property
+    def _one_product(self) -> bool:
+        """Whether Wh − Rh can be had as Dh with D = W − R."""
+        return self.reads and self.subtracts and self.act_fn is None
 
     def parameters(self, shape: Shape) -> dict[str, Tensor]:
         if self.rank > shape.width:
@@ -112,8 +120,8 @@ class LowRank(Edit):
         projection, b = (p["R"].to(h.dtype) if self.orthonormal else p["P"]), p.get("b")
         if not self.reads:
             coefficients = p["b"] - h @ projection.mT if self.subtracts else p["b"].expand(*h.shape[:-1], -1)
-        elif self.subtracts and self.act_fn is None:
-            coefficients = F.linear(h, p["W"] - projection, b)  # Wh + b − Rh in one product
+        elif self._one_product:
+            coefficients = F.linear(h, p["D"] if self.orthonormal else p["W"] - projection, b)
         else:
             coefficients = F.linear(h, p["W"], b)
             if self.act_fn is not None:

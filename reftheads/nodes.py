@@ -317,7 +317,6 @@ class NodeModule(nn.Module):
         super().__init__()
         self.intervention = intervention
         self.shape = shape
-        self.kind = intervention  # nodes of equal definition are derived together
         for name, value in intervention.parameters(shape).items():
             own = value.detach().clone()  # what comes from a constant of the graph must not change with the weights
             if isinstance(value, nn.Parameter):
@@ -332,8 +331,7 @@ class NodeModule(nn.Module):
     @property
     def dtype(self) -> torch.dtype | None:
         """Of the parameters, and hence of the computation; `None` without parameters."""
-        tensors = [*self._parameters.values(), *self._buffers.values()]
-        return tensors[0].dtype if tensors and tensors[0] is not None else None
+        return next((t.dtype for t in (*self._parameters.values(), *self._buffers.values()) if t is not None), None)
 
     def forward(self, p: Params | None, tensors: Tensor, context: Context) -> Tensor:
         """Edits or reads `tensors` with the derived parameters `p` (`None`: derive them here)."""

@@ -6,8 +6,9 @@ from functools import cached_property
 from torch import nn
 
 from reftheads.architectures import Address, StackInfo, locate, stacks
+from reftheads.blocks import reads_other_stack
 from reftheads.graph import InterventionGraph
-from reftheads.nodes import Head, Node, NodeModule, Shape
+from reftheads.nodes import Edit, Head, Node, NodeModule, Shape
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,16 @@ class PlannedNode:
     node: Node
     address: Address
     shape: Shape
+
+    @cached_property
+    def edits(self) -> bool:
+        """Whether the node writes; it reads otherwise."""
+        return isinstance(self.node.intervention, Edit)
+
+    @cached_property
+    def sees_other_tokens(self) -> bool:
+        """Whether the module works on the tokens of another stack than the one that runs it."""
+        return reads_other_stack(self.address.module)
 
     def new_module(self) -> NodeModule:
         """Fresh parameters. Raises `ValueError` where they cannot be made for this shape, such as a rank over it."""
@@ -100,6 +111,11 @@ def _place(node: Node, model: nn.Module) -> PlannedNode:
             f"{type(node.intervention).__name__} acts on the output of a linear module, but {node.site} is the "
             f"{address.side} of {address.module or 'the model'!r} ({type(module).__name__}): use a component such as "
             "query_output, or the path of a projection"
+        )
+    if reads_other_stack(address.module) and str(node.positions) != "all":
+        raise ValueError(
+            f"node {node.name!r}: {address.module!r} sees the encoder's tokens, while its stack runs the decoder's: "
+            f"only positions 'all' have a meaning there, got {str(node.positions)!r}"
         )
     return PlannedNode(node, address, Shape(address.width, input_width if node.intervention.needs_linear else None))
 

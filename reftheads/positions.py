@@ -12,7 +12,7 @@ synchronisation with the host.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -114,6 +114,19 @@ class Selection:
     columns: Tensor | None = None
     valid: Tensor | None = None
 
+    @cached_property
+    def _kept(self) -> Tensor:
+        assert self.valid is not None
+        return self.valid[..., None]
+
+    def _tokens(self, chunk: int) -> Tensor:
+        """Long[batch · slots]: the slots' tokens among all of a batch, which is the same in every use."""
+        if "flat" not in self.__dict__:
+            assert self.columns is not None
+            rows = torch.arange(self.columns.shape[0], device=self.columns.device)[:, None]
+            self.__dict__["flat"] = (rows * chunk + self.columns).flatten()
+        return self.__dict__["flat"]
+
     def rows(self, keep: Tensor, chunk: int) -> "Selection":
         """The same selection in the rows where `keep` (Bool[batch]) holds, nothing in the others."""
         if self.columns is not None:
@@ -124,15 +137,16 @@ class Selection:
 
     def gather(self, h: Tensor) -> Tensor:
         """[batch chunk width] -> the selected tokens [batch slots width], or `h` where slots are columns."""
-        return h if self.columns is None else h.gather(1, self.columns[..., None].expand(-1, -1, h.shape[-1]))
+        if self.columns is None:
+            return h
+        return h.flatten(0, 1).index_select(0, self._tokens(h.shape[1])).view(*self.columns.shape, -1)
 
     def scatter(self, h: Tensor, picked: Tensor, new: Tensor) -> Tensor:
         """`h` with `new` in place of `picked = gather(h)` at the selected tokens; all others stay bit for bit."""
         if self.columns is None:
             return new if self.mask is None else torch.where(self.mask[..., None], new, h)
-        assert self.valid is not None
-        index = self.columns[..., None].expand(-1, -1, h.shape[-1])
-        return h.scatter(1, index, torch.where(self.valid[..., None], new, picked))
+        new = torch.where(self._kept, new, picked).flatten(0, 1)
+        return h.flatten(0, 1).index_copy(0, self._tokens(h.shape[1]), new).view_as(h)
 
     def validity(self, h: Tensor) -> Tensor:
         """Bool[batch slots]: which slots of `gather(h)` hold a selected token."""
@@ -263,7 +277,7 @@ class Positions:
             return cls(str(spec))
         if callable(spec):
             return cls(text=getattr(spec, "__name__", "callable"), rule=spec)
-        return cls(spec)  # type: ignore[arg-type]
+        return _read(spec)  # type: ignore[arg-type]
 
     def to_json(self) -> Any:
         """A string, or a dict for token ids.
@@ -351,3 +365,9 @@ class Positions:
 
 def _capped(terms: Sequence[_Term]) -> bool:
     return any(term.is_first for term in terms) and any(term.is_last for term in terms)
+
+
+@lru_cache
+def _read(text: str) -> Positions:
+    """One object for all nodes with the same rule, so that a pass resolves it once."""
+    return Positions(text)

@@ -15,9 +15,8 @@ second time, even if other passes lie in between.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,115 +27,11 @@ from torch.utils.hooks import RemovableHandle
 from reftheads.architectures import StackInfo
 from reftheads.hooks import attach
 from reftheads.losses import IGNORE
-from reftheads.nodes import Context, Edit, NodeModule, Params, Reader
+from reftheads.nodes import Context, NodeModule, Params, Reader
 from reftheads.output import Reading, extend
 from reftheads.plan import Plan, PlannedNode
-from reftheads.positions import Positions, Selection, Tokens
-from reftheads.sites import Side
-
-HookKey = tuple[str, Side]
-NodeKey = tuple[str, str]  # adapter, node
-
-
-@dataclass(frozen=True)
-class Acting:
-    """A node that acts in this pass."""
-
-    key: NodeKey
-    planned: PlannedNode
-    module: NodeModule
-    params: Params | None
-    rows: Tensor | None  # Bool[batch]: the rows that its adapter was picked for
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Where the columns of a pass lie, before any tensor arithmetic; see `Tokens.of`."""
-
-    past: int | Tensor
-    attention_mask: Tensor | None
-    prompt_mask: Tensor | None
-    input_ids: Tensor | None
-
-    @property
-    def after_prompt(self) -> bool:
-        if self.prompt_mask is None or not isinstance(self.past, int):
-            return False
-        return self.past >= self.prompt_mask.shape[1]
-
-    def tokens(self, h: Tensor) -> Tokens:
-        return Tokens.of(
-            (h.shape[0], h.shape[1]), self.past, self.attention_mask, self.prompt_mask, self.input_ids, h.device
-        )
-
-
-@dataclass(frozen=True)
-class Run:
-    """One pass through one stack. Nothing in it changes what is computed once it is made."""
-
-    frame: Frame
-    acting: Mapping[HookKey, Sequence[Acting]]
-    shape: tuple[int, int] | None  # batch, chunk; None until a module is called, for models without tokens
-    readings: dict[NodeKey, Reading] = field(default_factory=dict)
-    _tokens: list[Tokens] = field(default_factory=list)
-    _selections: dict[Positions, Selection | None] = field(default_factory=dict)
-
-    def selection(self, positions: Positions, h: Tensor) -> Selection | None:
-        """Resolved once a pass for every rule that occurs."""
-        if positions not in self._selections:
-            if not self._tokens:
-                self._tokens.append(self.frame.tokens(h))
-            self._selections[positions] = positions.select(self._tokens[0])
-        return self._selections[positions]
-
-
-@dataclass
-class Call:
-    """What a call of the base model was given that concerns the graph, and what was read during it."""
-
-    labels: Tensor | None = None
-    prompt_mask: Tensor | None = None
-    targets: dict[str, Tensor] = field(default_factory=dict)
-    readings: dict[NodeKey, Reading] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a node reads of another one: [batch slots outputs], and which slots hold a token."""
-
-    value: Tensor
-    valid: Tensor
-
-    def since(self, before: "Source | None") -> "Source":
-        """What is known after this chunk, where each row's one token may lie in an earlier one."""
-        if before is None:
-            return self
-        value = torch.where(self.valid[..., None], self.value, before.value)
-        return Source(value, self.valid | before.valid)
-
-    def repeated(self, rows: int) -> "Source":
-        """For `rows` rows: behind an encoder, beams and return sequences repeat each of its rows."""
-        times = rows // self.value.shape[0]
-        return self if times <= 1 else Source(*(t.repeat_interleave(times, 0) for t in (self.value, self.valid)))
-
-
-@dataclass
-class Generation:
-    """What `generate` started from; holds for all passes until it ends."""
-
-    real: Tensor  # Bool[rows columns], of the input of the stack that generates
-    prompt: Tensor  # Bool[rows columns]
-    encoder_prompt: Tensor | None = None  # Bool[rows columns], of the input of an encoder before it
-    sources: dict[NodeKey, Source] = field(default_factory=dict)
-    derived: dict[int, Params] = field(default_factory=dict)
-    _expanded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def masks(self, rows: int) -> tuple[Tensor, Tensor]:
-        """`real` and `prompt` of `rows` rows: beams and return sequences repeat each recorded row."""
-        if rows not in self._expanded:
-            times = max(rows // self.prompt.shape[0], 1)
-            self._expanded[rows] = (self.real.repeat_interleave(times, 0), self.prompt.repeat_interleave(times, 0))
-        return self._expanded[rows]
+from reftheads.positions import Positions, Selection
+from reftheads.run import Acting, Call, Frame, Generation, HookKey, NodeKey, Run, Source, derive
 
 
 class Interventions(nn.Module, BaseTunerLayer):
@@ -271,13 +166,14 @@ class Interventions(nn.Module, BaseTunerLayer):
         frame = self._frame(stack, given, shape, [p.node.positions for _, p, _ in nodes])
         if frame.after_prompt and all(p.node.positions.in_prompt for _, p, _ in nodes):
             return
-        derived = self._derive([module for _, _, module in nodes])
+        derived = self._derived([module for _, _, module in nodes])
         acting: dict[HookKey, list[Acting]] = {}
         for (adapter, _), planned, node_module in nodes:
             rows = None
             if self.adapter_names is not None and tokens is not None:
                 rows = self._rows_of(adapter, tokens)
-            act = Acting((adapter, str(planned.node.name)), planned, node_module, derived[id(node_module)], rows)
+            key, p = (adapter, str(planned.node.name)), derived[node_module]
+            act = Acting(key, planned, node_module, p, node_module.dtype, rows)
             acting.setdefault((planned.address.module, planned.address.side), []).append(act)
         readings = {} if self.call is None else dict(self.call.readings)
         self.runs[stack.path] = Run(frame, acting, shape, readings)
@@ -363,40 +259,12 @@ class Interventions(nn.Module, BaseTunerLayer):
             return not stack.causal
         return stack.causal or all(len(plan.stacks) == 1 for plan in self.plans.values())
 
-    def _derive(self, modules: Iterable[NodeModule]) -> dict[int, Params | None]:
-        """The parameters of every module with what is derived from them; modules of one kind together."""
-        reuse = self.generation.derived if self.generation and not torch.is_grad_enabled() else {}
-        out: dict[int, Params | None] = {}
-        groups: dict[Any, list[tuple[int, dict[str, Tensor]]]] = {}
-        for module in modules:
-            key = id(module)
-            if key in out:
-                continue
-            if key in reuse:
-                out[key] = reuse[key]
-                continue
-            stored = module.stored()
-            if hasattr(next(iter(stored.values()), None), "ds_id"):  # ZeRO-3 gathers inside the module's call only
-                out[key] = None
-                continue
-            out[key] = stored
-            names = module.intervention.derives_from
-            if names:
-                kind = (module.kind, *((stored[n].shape, stored[n].dtype, stored[n].device) for n in names))
-                groups.setdefault(kind, []).append((key, stored))
-        for (intervention, *_), members in groups.items():
-            if len(members) == 1:
-                key, stored = members[0]
-                out[key] = {**stored, **intervention.derive(stored)}
-                continue
-            names = intervention.derives_from
-            together = intervention.derive({n: torch.stack([stored[n] for _, stored in members]) for n in names})
-            for i, values in enumerate(zip(*(t.unbind(0) for t in together.values()), strict=True)):
-                key, stored = members[i]
-                out[key] = {**stored, **dict(zip(together, values, strict=True))}
-        if self.generation and not torch.is_grad_enabled():
-            self.generation.derived.update({k: v for k, v in out.items() if v is not None})
-        return out
+    def _derived(self, modules: Sequence[NodeModule]) -> Mapping[NodeModule, Params | None]:
+        if self.generation is None or torch.is_grad_enabled():
+            return derive(modules)
+        known = self.generation.derived
+        known.update(derive(module for module in modules if module not in known))
+        return known
 
     # --- a call of a module -------------------------------------------------------------------------------
 
@@ -423,37 +291,37 @@ class Interventions(nn.Module, BaseTunerLayer):
         return None if new is h else new
 
     def _act_one(self, run: Run, node: Acting, h: Tensor, x: Tensor) -> Tensor:
-        selection = run.selection(node.planned.node.positions, h)
+        planned, module = node.planned, node.module
+        selection = Selection() if planned.sees_other_tokens else run.selection(planned.node.positions, h)
         if selection is None:
             return h
         if node.rows is not None:
-            selection = selection.rows(node.rows, h.shape[1])
-        intervention = node.module.intervention
+            selection = selection.rows(node.rows.to(h.device), h.shape[1])
         source = None
-        if node.planned.node.source is not None:
-            source = self._source(run, node).repeated(h.shape[0])
+        if planned.node.source is not None:
+            source = self._source(run, node).beside(h)
             if self._single(node):  # a row without the token that decides stays as it is
                 self._check_decided(run, node, h.shape[1])
                 selection = selection.rows(source.valid[:, 0], h.shape[1])
-        index = self._index(node.planned, h.device)
+        index = self._index(planned, h.device)
         picked = selection.gather(h)
         part = picked if index is None else picked[..., index]
-        dtype = node.module.dtype or h.dtype
+        dtype = node.dtype or h.dtype
         context = Context(
-            x=selection.gather(x).to(dtype) if intervention.needs_linear else None,
+            x=selection.gather(x).to(dtype) if module.intervention.needs_linear else None,
             source=None if source is None else source.value,
-            training=node.module.training,
+            training=module.training,
         )
-        result = node.module(node.params, part.to(dtype), context)
-        if isinstance(intervention, Edit):
-            result = result.to(h.dtype)
-            if index is not None:
-                whole = picked.clone()
-                whole[..., index] = result
-                result = whole
-            return selection.scatter(h, picked, result)
-        self._keep(run, node, result, selection, h)
-        return h
+        result = module(node.params, part if part.dtype == dtype else part.to(dtype), context)
+        if not planned.edits:
+            self._keep(run, node, result, selection, h)
+            return h
+        result = result if result.dtype == h.dtype else result.to(h.dtype)
+        if index is not None:
+            whole = picked.clone()
+            whole[..., index] = result
+            result = whole
+        return selection.scatter(h, picked, result)
 
     def _keep(self, run: Run, node: Acting, value: Tensor, selection: Selection, h: Tensor) -> None:
         valid = selection.validity(h)

@@ -20,6 +20,7 @@ ROWS = [
     {"interventions", "steering", "lora", "heads"},
     {"graph"},
     {"output", "plan"},
+    {"run"},
     {"runtime"},
     {"generate"},
     {"tuner"},

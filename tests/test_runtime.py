@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from models import LAYERS, WIDTH, randomise, tiny_bart, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_t5
+from models import LAYERS, WIDTH, random_ids, randomise, tiny_bart, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_t5
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM, DynamicCache, LlamaForSequenceClassification, StaticCache
@@ -619,3 +619,23 @@ def test_two_processes_get_the_gradients_of_one(tmp_path, monkeypatch):
     answer_loss(model(**batch).logits, batch["labels"]).backward()
     shared = torch.load(tmp_path / "gradients", weights_only=True)
     alike({name: grad * 2 for name, grad in shared.items()}, gradients(model))  # DDP gives the mean of two parts
+
+
+def test_an_edit_of_cross_attention_keys_reaches_every_token_of_the_encoder():
+    path = "decoder.block.0.layer.1.EncDecAttention.k"
+    base = tiny_t5().double()
+    vector = torch.randn(base.get_submodule(path).out_features, dtype=torch.float64)
+    ids, decoder_ids = random_ids(2, 7), random_ids(2, 4)
+    mask = torch.ones_like(decoder_ids)
+    mask[0, 2:] = 0  # padding of the decoder says nothing of the encoder's tokens
+
+    handle = base.get_submodule(path).register_forward_hook(lambda module, args, output: output + vector)
+    want = base(input_ids=ids, decoder_input_ids=decoder_ids, decoder_attention_mask=mask).logits
+    handle.remove()
+    model = rh.InterventionModel(base, rh.InterventionGraph(rh.Node(rh.Steering(vector), component=path))).double()
+    model.node(model.plan().graph.names[0]).assign(v=vector)
+    got = model(input_ids=ids, decoder_input_ids=decoder_ids, decoder_attention_mask=mask).logits
+    assert torch.allclose(got, want, atol=1e-10)
+
+    with pytest.raises(ValueError, match="only positions 'all'"):
+        rh.InterventionModel(tiny_t5(), rh.InterventionGraph(rh.Node(rh.Steering(), component=path, positions="l1")))

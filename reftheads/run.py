@@ -1,0 +1,153 @@
+"""What is known of one forward pass, while it lasts.
+
+A `Frame` says where the columns of a pass lie, a `Run` which nodes act in it; a `Call` what the base model
+was given besides, and a `Generation` what holds for all passes of one `generate`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reftheads.nodes import NodeModule, Params
+from reftheads.output import Reading
+from reftheads.plan import PlannedNode
+from reftheads.positions import Positions, Selection, Tokens
+from reftheads.sites import Side
+
+HookKey = tuple[str, Side]
+NodeKey = tuple[str, str]  # adapter, node
+
+
+@dataclass(frozen=True)
+class Acting:
+    """A node that acts in this pass."""
+
+    key: NodeKey
+    planned: PlannedNode
+    module: NodeModule
+    params: Params | None
+    dtype: torch.dtype | None  # of the computation; None: that of the hidden states
+    rows: Tensor | None  # Bool[batch]: the rows that its adapter was picked for
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where the columns of a pass lie, before any tensor arithmetic; see `Tokens.of`."""
+
+    past: int | Tensor
+    attention_mask: Tensor | None
+    prompt_mask: Tensor | None
+    input_ids: Tensor | None
+
+    @property
+    def after_prompt(self) -> bool:
+        if self.prompt_mask is None or not isinstance(self.past, int):
+            return False
+        return self.past >= self.prompt_mask.shape[1]
+
+    def tokens(self, h: Tensor) -> Tokens:
+        """As `h` sees them, on its device: a model may be spread over several."""
+        given = (self.past, self.attention_mask, self.prompt_mask, self.input_ids)
+        past, mask, prompt, ids = (t.to(h.device) if isinstance(t, Tensor) else t for t in given)
+        return Tokens.of((h.shape[0], h.shape[1]), past, mask, prompt, ids, h.device)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass through one stack. Nothing in it changes what is computed once it is made."""
+
+    frame: Frame
+    acting: Mapping[HookKey, Sequence[Acting]]
+    shape: tuple[int, int] | None  # batch, chunk; None until a module is called, for models without tokens
+    readings: dict[NodeKey, Reading] = field(default_factory=dict)
+    _tokens: dict[torch.device, Tokens] = field(default_factory=dict)
+    _selections: dict[tuple[int, torch.device], Selection | None] = field(default_factory=dict)
+
+    def selection(self, positions: Positions, h: Tensor) -> Selection | None:
+        """Resolved once a pass (and device) for every rule that occurs."""
+        key = (id(positions), h.device)
+        if key not in self._selections:
+            if h.device not in self._tokens:
+                self._tokens[h.device] = self.frame.tokens(h)
+            self._selections[key] = positions.select(self._tokens[h.device])
+        return self._selections[key]
+
+
+@dataclass
+class Call:
+    """What a call of the base model was given that concerns the graph, and what was read during it."""
+
+    labels: Tensor | None = None
+    prompt_mask: Tensor | None = None
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    readings: dict[NodeKey, Reading] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a node reads of another one: [batch slots outputs], and which slots hold a token."""
+
+    value: Tensor
+    valid: Tensor
+
+    def since(self, before: "Source | None") -> "Source":
+        """What is known after this chunk, where each row's one token may lie in an earlier one."""
+        if before is None:
+            return self
+        value = torch.where(self.valid[..., None], self.value, before.value)
+        return Source(value, self.valid | before.valid)
+
+    def beside(self, h: Tensor) -> "Source":
+        """On the device of `h`, and as many rows: behind an encoder, beams and return sequences repeat its rows."""
+        times = max(h.shape[0] // self.value.shape[0], 1)
+        return Source(*(t.to(h.device).repeat_interleave(times, 0) for t in (self.value, self.valid)))
+
+
+@dataclass
+class Generation:
+    """What `generate` started from; holds for all passes until it ends."""
+
+    real: Tensor  # Bool[rows columns], of the input of the stack that generates
+    prompt: Tensor  # Bool[rows columns]
+    encoder_prompt: Tensor | None = None  # Bool[rows columns], of the input of an encoder before it
+    sources: dict[NodeKey, Source] = field(default_factory=dict)
+    derived: dict[NodeModule, Params | None] = field(default_factory=dict)  # weights stay as they are meanwhile
+    _expanded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def masks(self, rows: int) -> tuple[Tensor, Tensor]:
+        """`real` and `prompt` of `rows` rows: beams and return sequences repeat each recorded row."""
+        if rows not in self._expanded:
+            times = max(rows // self.prompt.shape[0], 1)
+            self._expanded[rows] = (self.real.repeat_interleave(times, 0), self.prompt.repeat_interleave(times, 0))
+        return self._expanded[rows]
+
+
+def derive(modules: Iterable[NodeModule]) -> dict[NodeModule, Params | None]:
+    """The parameters of every module with what is derived from them; modules of one kind together."""
+    out: dict[NodeModule, Params | None] = {}
+    groups: dict[Any, list[NodeModule]] = {}
+    for module in modules:
+        if module in out:
+            continue
+        stored = module.stored()
+        if hasattr(next(iter(stored.values()), None), "ds_id"):  # ZeRO-3 gathers inside the module's call only
+            out[module] = None
+            continue
+        out[module] = stored
+        names = module.intervention.derives_from
+        if names:
+            first = stored[names[0]]
+            groups.setdefault((module.intervention, first.shape, first.dtype, first.device), []).append(module)
+    for (intervention, *_), members in groups.items():
+        stored = [module.stored() for module in members]
+        if len(members) == 1:
+            derived = [intervention.derive(stored[0])]
+        else:
+            stacked = {name: torch.stack([p[name] for p in stored]) for name in intervention.derives_from}
+            names, tensors = zip(*intervention.derive(stacked).items(), strict=True)
+            derived = [dict(zip(names, values, strict=True)) for values in zip(*tensors, strict=True)]
+        out.update((module, {**p, **new}) for module, p, new in zip(members, stored, derived, strict=True))
+    return out
