@@ -117,7 +117,9 @@ class LowRank(Edit):
         return out
 
     def edit(self, p: Params, h: Tensor, context: Context) -> Tensor:
-        projection, b = (p["R"].to(h.dtype) if self.orthonormal else p["P"]), p.get("b")
+        projection, b = p["R"] if self.orthonormal else p["P"], p.get("b")
+        if projection.dtype != h.dtype:
+            projection = projection.to(h.dtype)
         if not self.reads:
             coefficients = p["b"] - h @ projection.mT if self.subtracts else p["b"].expand(*h.shape[:-1], -1)
         elif self._one_product:

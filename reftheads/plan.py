@@ -49,6 +49,14 @@ class Plan:
         """The nodes that act in one stack, in the order of the graph."""
         return self._by_stack.get(path, ())
 
+    def only_prompts(self, path: str) -> bool:
+        """Whether all nodes of a stack act on tokens of the prompt alone."""
+        return path not in self._beyond_prompts
+
+    @cached_property
+    def _beyond_prompts(self) -> frozenset[str]:
+        return frozenset(p.address.stack for p in self.nodes if not p.node.positions.in_prompt)
+
     @cached_property
     def _by_stack(self) -> dict[str, tuple[PlannedNode, ...]]:
         paths = dict.fromkeys(planned.address.stack for planned in self.nodes)

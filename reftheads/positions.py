@@ -116,8 +116,10 @@ class Selection:
 
     @cached_property
     def _kept(self) -> Tensor:
-        assert self.valid is not None
-        return self.valid[..., None]
+        """Bool[batch slots 1], the same in every use."""
+        valid = self.mask if self.columns is None else self.valid
+        assert valid is not None
+        return valid[..., None]
 
     def _tokens(self, chunk: int) -> Tensor:
         """Long[batch · slots]: the slots' tokens among all of a batch, which is the same in every use."""
@@ -144,7 +146,7 @@ class Selection:
     def scatter(self, h: Tensor, picked: Tensor, new: Tensor) -> Tensor:
         """`h` with `new` in place of `picked = gather(h)` at the selected tokens; all others stay bit for bit."""
         if self.columns is None:
-            return new if self.mask is None else torch.where(self.mask[..., None], new, h)
+            return new if self.mask is None else torch.where(self._kept, new, h)
         new = torch.where(self._kept, new, picked).flatten(0, 1)
         return h.flatten(0, 1).index_copy(0, self._tokens(h.shape[1]), new).view_as(h)
 
@@ -277,7 +279,7 @@ class Positions:
             return cls(str(spec))
         if callable(spec):
             return cls(text=getattr(spec, "__name__", "callable"), rule=spec)
-        return _read(spec)  # type: ignore[arg-type]
+        return _read(spec) if isinstance(spec, str) else cls(spec)  # type: ignore[arg-type]
 
     def to_json(self) -> Any:
         """A string, or a dict for token ids.
@@ -342,8 +344,12 @@ class Positions:
         masks = [term.mask(tokens, half and (term.is_first or term.is_last)) for term in self._active]
         return masks[0] if len(masks) == 1 else torch.stack(masks).any(0)
 
-    def select(self, tokens: Tokens) -> Selection | None:
-        """The selection in this chunk; `None` when it is empty for every row without looking."""
+    def select(self, tokens: Tokens, few: int = 0) -> Selection | None:
+        """The selection in this chunk; `None` when it is empty for every row without looking.
+
+        Args:
+            few: gives a mask instead of slots where the batch has at most so many columns in all.
+        """
         if tokens.after_prompt and self.in_prompt or tokens.inside_prompt and self._word == "generated":
             return None
         everything = self._word == "all" or (self._word == "generated" and tokens.after_prompt)
@@ -351,7 +357,7 @@ class Positions:
             return Selection()
         mask = self.mask(tokens)
         slots = self.bound
-        if slots is None or slots >= mask.shape[1]:
+        if slots is None or slots >= mask.shape[1] or mask.numel() <= few:
             return Selection(mask=mask)
         if slots == 0:
             return None

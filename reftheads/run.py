@@ -6,7 +6,7 @@ was given besides, and a `Generation` what holds for all passes of one `generate
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +17,13 @@ from reftheads.plan import PlannedNode
 from reftheads.positions import Positions, Selection, Tokens
 from reftheads.sites import Side
 
+FEW = 64  # tokens of a batch
+
 HookKey = tuple[str, Side]
 NodeKey = tuple[str, str]  # adapter, node
 
 
-@dataclass(frozen=True)
-class Acting:
+class Acting(NamedTuple):
     """A node that acts in this pass."""
 
     key: NodeKey
@@ -42,12 +43,6 @@ class Frame:
     prompt_mask: Tensor | None
     input_ids: Tensor | None
 
-    @property
-    def after_prompt(self) -> bool:
-        if self.prompt_mask is None or not isinstance(self.past, int):
-            return False
-        return self.past >= self.prompt_mask.shape[1]
-
     def tokens(self, h: Tensor) -> Tokens:
         """As `h` sees them, on its device: a model may be spread over several."""
         given = (self.past, self.attention_mask, self.prompt_mask, self.input_ids)
@@ -64,15 +59,18 @@ class Run:
     shape: tuple[int, int] | None  # batch, chunk; None until a module is called, for models without tokens
     readings: dict[NodeKey, Reading] = field(default_factory=dict)
     _tokens: dict[torch.device, Tokens] = field(default_factory=dict)
-    _selections: dict[tuple[int, torch.device], Selection | None] = field(default_factory=dict)
+    _selections: dict[tuple[int, bool, torch.device], Selection | None] = field(default_factory=dict)
 
-    def selection(self, positions: Positions, h: Tensor) -> Selection | None:
-        """Resolved once a pass (and device) for every rule that occurs."""
-        key = (id(positions), h.device)
+    def selection(self, positions: Positions, h: Tensor, edits: bool) -> Selection | None:
+        """Resolved once a pass (and device) for every rule that occurs.
+
+        Where there are few tokens an edit computes all of them, which takes less time than gathering some.
+        """
+        key = (id(positions), edits, h.device)
         if key not in self._selections:
             if h.device not in self._tokens:
                 self._tokens[h.device] = self.frame.tokens(h)
-            self._selections[key] = positions.select(self._tokens[h.device])
+            self._selections[key] = positions.select(self._tokens[h.device], FEW if edits else 0)
         return self._selections[key]
 
 
@@ -128,7 +126,7 @@ class Generation:
 def derive(modules: Iterable[NodeModule]) -> dict[NodeModule, Params | None]:
     """The parameters of every module with what is derived from them; modules of one kind together."""
     out: dict[NodeModule, Params | None] = {}
-    groups: dict[Any, list[NodeModule]] = {}
+    groups: dict[Any, list[tuple[NodeModule, Params]]] = {}
     for module in modules:
         if module in out:
             continue
@@ -140,14 +138,16 @@ def derive(modules: Iterable[NodeModule]) -> dict[NodeModule, Params | None]:
         names = module.intervention.derives_from
         if names:
             first = stored[names[0]]
-            groups.setdefault((module.intervention, first.shape, first.dtype, first.device), []).append(module)
+            groups.setdefault((module.intervention, first.shape, first.dtype, first.device), []).append(
+                (module, stored)
+            )
     for (intervention, *_), members in groups.items():
-        stored = [module.stored() for module in members]
         if len(members) == 1:
-            derived = [intervention.derive(stored[0])]
-        else:
-            stacked = {name: torch.stack([p[name] for p in stored]) for name in intervention.derives_from}
-            names, tensors = zip(*intervention.derive(stacked).items(), strict=True)
-            derived = [dict(zip(names, values, strict=True)) for values in zip(*tensors, strict=True)]
-        out.update((module, {**p, **new}) for module, p, new in zip(members, stored, derived, strict=True))
+            (module, stored), *_ = members
+            out[module] = {**stored, **intervention.derive(stored)}
+            continue
+        stacked = {name: torch.stack([p[name] for _, p in members]) for name in intervention.derives_from}
+        names, tensors = zip(*intervention.derive(stacked).items(), strict=True)
+        for (module, stored), *values in zip(members, *tensors, strict=True):
+            out[module] = {**stored, **dict(zip(names, values, strict=True))}
     return out

@@ -133,13 +133,12 @@ class Interventions(nn.Module, BaseTunerLayer):
     # --- a call of the base model -------------------------------------------------------------------------
 
     def _call_begins(self, base: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        kwargs = dict(kwargs)
-        names = [name for plan in self.plans.values() for name in plan.targets if name in kwargs]
-        targets = {name: kwargs.pop(name) for name in dict.fromkeys(names)}
-        prompt_mask = kwargs.pop("prompt_mask", None)
-        labels = kwargs.get("labels", _named(self._argument_names[""], args).get("labels"))
-        self.call = Call(labels, prompt_mask, {k: v for k, v in targets.items() if v is not None})
-        return args, kwargs
+        ours = {"prompt_mask", *(name for plan in self.plans.values() for name in plan.targets)} & kwargs.keys()
+        taken = {name: kwargs[name] for name in ours if kwargs[name] is not None}
+        kwargs = {name: value for name, value in kwargs.items() if name not in ours} if ours else kwargs
+        labels = kwargs.get("labels", _named(self._argument_names[""], args).get("labels") if args else None)
+        self.call = Call(labels, taken.pop("prompt_mask", None), taken)
+        return (args, kwargs) if ours else None
 
     def _call_ends(self, base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any):
         call, self.call = self.call, None
@@ -156,7 +155,9 @@ class Interventions(nn.Module, BaseTunerLayer):
 
     def _stack_begins(self, stack: StackInfo, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.runs.pop(stack.path, None)
-        nodes = [] if self.disable_adapters else list(self._nodes_of(stack.path))
+        if self.disable_adapters or self._behind_prompts(stack, kwargs.get("past_key_values")):
+            return
+        nodes = list(self._nodes_of(stack.path))
         if not nodes:
             return
         given = _named(self._argument_names[stack.path], args) | kwargs
@@ -164,8 +165,6 @@ class Interventions(nn.Module, BaseTunerLayer):
         tokens = ids if ids is not None else given.get("inputs_embeds")
         shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
         frame = self._frame(stack, given, shape, [p.node.positions for _, p, _ in nodes])
-        if frame.after_prompt and all(p.node.positions.in_prompt for _, p, _ in nodes):
-            return
         derived = self._derived([module for _, _, module in nodes])
         acting: dict[HookKey, list[Acting]] = {}
         for (adapter, _), planned, node_module in nodes:
@@ -186,6 +185,14 @@ class Interventions(nn.Module, BaseTunerLayer):
         run = self.runs.pop(stack.path, None)
         if run is not None and self.call is not None:
             self.call.readings.update(run.readings)
+
+    def _behind_prompts(self, stack: StackInfo, cache: Any) -> bool:
+        """Whether this is a step of `generate` that no node can act in, which most steps of most graphs are."""
+        if self.generation is None or cache is None or not stack.causal:
+            return False
+        past = cache.get_seq_length()
+        behind = isinstance(past, int) and past >= self.generation.prompt.shape[1]
+        return behind and all(plan.only_prompts(stack.path) for plan in self.plans.values())
 
     def _nodes_of(self, stack: str) -> Iterator[tuple[NodeKey, PlannedNode, NodeModule]]:
         adapters = self.active_adapters if self.adapter_names is None else dict.fromkeys(self.adapter_names)
@@ -292,7 +299,8 @@ class Interventions(nn.Module, BaseTunerLayer):
 
     def _act_one(self, run: Run, node: Acting, h: Tensor, x: Tensor) -> Tensor:
         planned, module = node.planned, node.module
-        selection = Selection() if planned.sees_other_tokens else run.selection(planned.node.positions, h)
+        positions = planned.node.positions
+        selection = Selection() if planned.sees_other_tokens else run.selection(positions, h, planned.edits)
         if selection is None:
             return h
         if node.rows is not None:
