@@ -5,6 +5,7 @@ https://arxiv.org/abs/2402.15179.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -79,8 +80,8 @@ class LowRank(Edit):
     def letters(self) -> dict[str, str]:  # type: ignore[override]
         return {"R": "M"} if self.orthonormal else {}
 
-    @property
-    def derives_from(self) -> tuple[str, ...]:
+    @cached_property
+    def derives_from(self) -> tuple[str, ...]:  # type: ignore[override]
         return (("M", "W") if self._one_product else ("M",)) if self.orthonormal else ()
 
     def derive(self, p: Params) -> Params:
@@ -89,7 +90,7 @@ class LowRank(Edit):
         r = orthonormalise(p["M"])
         return {"R": r, "D": p["W"] - r.to(p["W"].dtype)} if self._one_product else {"R": r}
 
-    @property
+    @cached_property
     def _one_product(self) -> bool:
         """Whether Wh − Rh can be had as Dh with D = W − R."""
         return self.reads and self.subtracts and self.act_fn is None

@@ -33,6 +33,8 @@ from reftheads.plan import Plan, PlannedNode
 from reftheads.positions import Positions, Selection
 from reftheads.run import Acting, Call, Frame, Generation, HookKey, NodeKey, Run, Source, derive
 
+_PLAIN = {training: Context(training=training) for training in (True, False)}
+
 
 class Interventions(nn.Module, BaseTunerLayer):
     """The parameters and hooks of all adapters of one base model, added to it as `interventions`."""
@@ -315,11 +317,10 @@ class Interventions(nn.Module, BaseTunerLayer):
         picked = selection.gather(h)
         part = picked if index is None else picked[..., index]
         dtype = node.dtype or h.dtype
-        context = Context(
-            x=selection.gather(x).to(dtype) if module.intervention.needs_linear else None,
-            source=None if source is None else source.value,
-            training=module.training,
-        )
+        context = _PLAIN[module.training]
+        if source is not None or module.intervention.needs_linear:
+            entered = selection.gather(x).to(dtype) if module.intervention.needs_linear else None
+            context = Context(entered, None if source is None else source.value, module.training)
         result = module(node.params, part if part.dtype == dtype else part.to(dtype), context)
         if not planned.edits:
             self._keep(run, node, result, selection, h)
