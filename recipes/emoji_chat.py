@@ -15,10 +15,13 @@ import random
 import tempfile
 import time
 import unicodedata
+import warnings
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainingArguments, set_seed
@@ -79,6 +82,7 @@ def train(args: argparse.Namespace, positions: str, demonstrations: list[Example
         arguments = TrainingArguments(
             folder, max_steps=args.steps, learning_rate=args.lr, per_device_train_batch_size=len(demonstrations),
             seed=args.seed, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
+            dataloader_pin_memory=False,
         )  # fmt: skip
         rh.InterventionTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer).train()
     return model.eval(), tokenizer, time.perf_counter() - start
@@ -97,6 +101,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--chat", action="store_true", help="talk to the trained model afterwards")
     args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+    if args.model == "tiny-chat":  # so small that a second thread mostly waits, for ever on a busy machine
+        torch.set_num_threads(1)
 
     with TOPICS.open(encoding="utf-8") as file:
         topics = list(csv.DictReader(file, delimiter="\t"))

@@ -16,7 +16,7 @@ second time, even if other passes lie in between.
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from reftheads.plan import Plan, PlannedNode
 from reftheads.positions import Positions, Selection
 from reftheads.run import Acting, Call, Frame, Generation, HookKey, NodeKey, Run, Source, derive
 
+_AS_IT_IS = nullcontext()
 _PLAIN = {training: Context(training=training) for training in (True, False)}
 
 
@@ -281,25 +282,22 @@ class Interventions(nn.Module, BaseTunerLayer):
         run = self.runs.get(stack)
         if run is None or key not in run.acting:
             return None
-        if h.ndim == 2 and run.shape is not None and h.shape[0] == run.shape[0] * run.shape[1]:
-            new = self._act(run, run.acting[key], h.unflatten(0, run.shape), x.unflatten(0, run.shape))
-            return None if new is None else new.flatten(0, 1)
+        flat = h.ndim == 2 and run.shape is not None and h.shape[0] == run.shape[0] * run.shape[1]
+        if flat:
+            h, x = h.unflatten(0, run.shape), x.unflatten(0, run.shape)  # type: ignore[arg-type]
         if h.ndim != 3:
             raise ValueError(
                 f"{key[0]!r} works on a tensor of shape {tuple(h.shape)}: nodes need [batch, sequence, width]"
             )
-        return self._act(run, run.acting[key], h, x)
+        new, device = h, h.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS:
+            for node in run.acting[key]:
+                new = self._act(run, node, new, x)
+        if new is h:
+            return None
+        return new.flatten(0, 1) if flat else new
 
-    def _act(self, run: Run, nodes: Sequence[Acting], h: Tensor, x: Tensor) -> Tensor | None:
-        if torch.is_autocast_enabled(h.device.type):
-            with torch.autocast(h.device.type, enabled=False):
-                return self._act(run, nodes, h, x)
-        new = h
-        for node in nodes:
-            new = self._act_one(run, node, new, x)
-        return None if new is h else new
-
-    def _act_one(self, run: Run, node: Acting, h: Tensor, x: Tensor) -> Tensor:
+    def _act(self, run: Run, node: Acting, h: Tensor, x: Tensor) -> Tensor:
         planned, module = node.planned, node.module
         positions = planned.node.positions
         selection = Selection() if planned.sees_other_tokens else run.selection(positions, h, planned.edits)
