@@ -121,10 +121,11 @@ class LowRank(Edit):
         projection, b = p["R"] if self.orthonormal else p["P"], p.get("b")
         if projection.dtype != h.dtype:
             projection = projection.to(h.dtype)
-        if not self.reads:
+        difference = p.get("D")
+        if difference is not None:
+            coefficients = F.linear(h, difference, b)
+        elif not self.reads:
             coefficients = p["b"] - h @ projection.mT if self.subtracts else p["b"].expand(*h.shape[:-1], -1)
-        elif self._one_product:
-            coefficients = F.linear(h, p["D"] if self.orthonormal else p["W"] - projection, b)
         else:
             coefficients = F.linear(h, p["W"], b)
             if self.act_fn is not None:

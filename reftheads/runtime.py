@@ -282,13 +282,13 @@ class Interventions(nn.Module, BaseTunerLayer):
         run = self.runs.get(stack)
         if run is None or key not in run.acting:
             return None
-        flat = h.ndim == 2 and run.shape is not None and h.shape[0] == run.shape[0] * run.shape[1]
+        flat = h.ndim != 3
         if flat:
-            h, x = h.unflatten(0, run.shape), x.unflatten(0, run.shape)  # type: ignore[arg-type]
-        if h.ndim != 3:
-            raise ValueError(
-                f"{key[0]!r} works on a tensor of shape {tuple(h.shape)}: nodes need [batch, sequence, width]"
-            )
+            if h.ndim != 2 or run.shape is None or h.shape[0] != run.shape[0] * run.shape[1]:
+                raise ValueError(
+                    f"{key[0]!r} works on a tensor of shape {tuple(h.shape)}: nodes need [batch, sequence, width]"
+                )
+            h, x = h.unflatten(0, run.shape), x.unflatten(0, run.shape)
         new, device = h, h.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS:
             for node in run.acting[key]:
