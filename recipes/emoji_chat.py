@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import TrainingArguments, set_seed
 
@@ -132,7 +133,7 @@ def main() -> None:
 
     table = Table("question", "base", "trained", title=f"{args.model}, unseen topics and wordings")
     for row in list(zip(questions, base_answers, trained_answers, strict=True))[:12]:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
     columns = ("edited tokens", "emoji only", "on topic", "parameters", "seconds")
     table = Table(*columns, title=f"{len(questions)} prompts")

@@ -1,6 +1,7 @@
 """Talking to a model: one answer to each of many conversations, or a conversation in the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ def reply(
         generate: goes to `model.generate`; left out, greedy and at most 64 new tokens.
     """
     generate = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": tokenizer.pad_token_id, **generate}
+    if isinstance(conversations, str):
+        raise ValueError(f"reply takes a list of conversations, got the text {conversations!r}: put it into a list")
     texts = [_prompt(tokenizer, conversation) for conversation in conversations]
     answers: list[str] = []
     for start in range(0, len(texts), batch_size):
@@ -37,10 +40,24 @@ def reply(
             add_special_tokens=not tokenizer.chat_template,
             return_token_type_ids=False,
         ).to(model.device)
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(model):
             ids = model.generate(**batch, **generate)
-        answers += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        if not model.config.is_encoder_decoder:
+            ids = ids[:, batch["input_ids"].shape[1] :]
+        answers += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [answer.strip() for answer in answers]
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Within, no dropout is active; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, conversation: str | Sequence[Message]) -> str:
@@ -87,4 +104,5 @@ def chat(model: Any, tokenizer: PreTrainedTokenizerBase, *, system: str | None =
             else:
                 answer = reply(model, tokenizer, [messages], **generate)[0]
             messages.append({"role": "assistant", "content": answer})
-            console.print(f"[bold magenta]{'base ' if with_base else 'model'}[/] {answer}", highlight=False)
+            console.print(f"[bold magenta]{'base ' if with_base else 'model'}[/]", end=" ")
+            console.print(answer, highlight=False, markup=False, emoji=False)

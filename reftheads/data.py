@@ -41,6 +41,8 @@ def encode_pairs(
         ValueError: no pairs, or numbers of prompts and answers that differ; an answer without tokens or
             longer than `max_length`.
     """
+    if isinstance(prompts, str) or isinstance(answers, str):
+        raise ValueError("encode_pairs takes lists of prompts and answers, got a text: put each into a list")
     prompts, answers = list(prompts), list(answers)
     if len(prompts) != len(answers):
         raise ValueError(f"every prompt needs its answer: got {len(prompts)} prompts and {len(answers)} answers")
@@ -148,6 +150,7 @@ class Collator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if not rows:
             raise ValueError("no rows to put into a batch")
+        rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
         length = max(len(row["input_ids"]) for row in rows)
         multiple = self.pad_to_multiple_of or 1
         length = -(-length // multiple) * multiple
@@ -157,9 +160,9 @@ class Collator:
         tensors = [torch.as_tensor(value) for value in values]
         if tensors[0].ndim == 0:
             return torch.stack(tensors)
-        fill: float = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "prompt_mask": 0}.get(
-            name, IGNORE
-        )  # type: ignore[assignment]
+        fill: float = 0 if name in ("attention_mask", "prompt_mask", "token_type_ids", "position_ids") else IGNORE
+        if name == "input_ids":
+            fill = self.tokenizer.pad_token_id  # type: ignore[assignment]
         if tensors[0].is_floating_point():
             fill = float("nan")
         tensors.append(tensors[0].new_full((length,), fill))  # type: ignore[arg-type]

@@ -141,7 +141,7 @@ class InterventionGraph:
 
 def render(table: Table) -> str:
     """A table as plain text, one line a row."""
-    console = Console(width=1000, color_system=None, force_terminal=False)
+    console = Console(width=1000, color_system=None, force_terminal=False, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))

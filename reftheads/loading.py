@@ -50,8 +50,9 @@ def load_base(
         kwargs["quantization_config"] = _quantisation(bits)
     if dtype is None:
         dtype = "float32" if name in EMBEDDED else "auto"
-    model = (auto_class or _auto_class(path)).from_pretrained(path, dtype=dtype, **kwargs).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    where = {name: kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in kwargs}
+    model = (auto_class or _auto_class(path, **where)).from_pretrained(path, dtype=dtype, **kwargs).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path, **where)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if not model.config.is_encoder_decoder and model.can_generate():
@@ -68,8 +69,8 @@ def _quantisation(bits: int) -> BitsAndBytesConfig:
     )
 
 
-def _auto_class(path: str) -> Any:
-    config = AutoConfig.from_pretrained(path)
+def _auto_class(path: str, **where: Any) -> Any:
+    config = AutoConfig.from_pretrained(path, **where)
     kinds = config.architectures or []
     if any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
         return AutoModelForCausalLM

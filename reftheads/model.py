@@ -144,8 +144,9 @@ class InterventionModel(PeftModel):
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle: adapters are saved as safetensors only")
-        for config in self.peft_config.values():
-            config.to_dict()
+        for name in kwargs.get("selected_adapters") or self.peft_config:
+            if name in self.peft_config:
+                self.peft_config[name].to_dict()
         target = Path(os.path.realpath(save_directory))
         if target.is_file():
             raise ValueError(f"{target} is a file: give a directory to save into")

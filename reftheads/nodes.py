@@ -1,8 +1,8 @@
 """What a node is: an intervention at a site on some tokens; and the abstract kinds of intervention.
 
 An intervention is a frozen dataclass: its fields are its hyperparameters, and its methods are pure
-functions of the parameters and the hidden states. An `Edit` writes, a `Head` and a `Probe`-like
-reader reads. The parameters themselves live in a `NodeModule`, made when a graph is compiled.
+functions of the parameters and the hidden states. An `Edit` writes, a `Head` and a `Reader`
+reads. The parameters themselves live in a `NodeModule`, made when a graph is compiled.
 
 A type of one's own is one small class:
 
@@ -351,7 +351,8 @@ class NodeModule(nn.Module):
             ValueError: a name that this node does not have, or a value that does not fit; nothing is changed then.
         """
         stored = self.stored()
-        given = {letter: torch.as_tensor(value) for letter, value in letters.items()}
+        device = next((tensor.device for tensor in stored.values()), None)
+        given = {letter: torch.as_tensor(value, device=device) for letter, value in letters.items()}
         names = {letter: self.intervention.letters.get(letter, letter) for letter in given}
         for letter, value in given.items():
             if names[letter] not in stored:

@@ -9,7 +9,7 @@ from transformers.utils.generic import ModelOutput
 
 from reftheads.nodes import Head, Reader
 
-FIELDS = ("predictions", "losses", "collected", "selected")
+FIELDS = ("predictions", "losses", "collected", "selected", "head_loss")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ def extend(output: Any, readings: dict[str, Reading], targets: dict[str, Tensor]
 
     * `predictions[name]`: what a head predicts, [batch outputs] for one token a row, else
       [batch slots outputs];
-    * `losses[name]`: its loss, where the batch holds its target; the weighted sum is added to `loss`;
+    * `losses[name]`: its loss, where the batch holds its target;
+    * `head_loss`: their weighted sum, which is added to `loss`;
     * `collected[name]`: activations read by `Collect`;
     * `selected[name]`: Bool[batch slots], which slots hold a token; the others are zero.
 
@@ -53,13 +54,14 @@ def extend(output: Any, readings: dict[str, Reading], targets: dict[str, Tensor]
         if reading.reader.target in targets:
             losses[name] = _loss(name, reading, targets[reading.reader.target])
     values = {f.name: getattr(output, f.name) for f in fields(output)}  # type: ignore[arg-type]
+    total = None
     if losses:
         total = sum(reading.reader.weight * losses[name] for name, reading in readings.items() if name in losses)  # type: ignore[union-attr]
         loss = values.get("loss")
         values["loss"] = total if loss is None else loss + total
-    extra = (predictions, losses, collected, {name: reading.valid for name, reading in readings.items()})
+    extra = (predictions, losses, collected, {name: reading.valid for name, reading in readings.items()}, total)
     cls = _extended(type(output))
-    return cls(**values, **{name: value or None for name, value in zip(FIELDS, extra, strict=True)})
+    return cls(**values, **{name: None if value == {} else value for name, value in zip(FIELDS, extra, strict=True)})
 
 
 def _loss(name: str, reading: Reading, target: Tensor) -> Tensor:
@@ -81,5 +83,5 @@ def _loss(name: str, reading: Reading, target: Tensor) -> Tensor:
 @cache
 def _extended(cls: type[ModelOutput]) -> type[ModelOutput]:
     missing: list[Any] = [("loss", Any, None)] if "loss" not in {f.name for f in fields(cls)} else []  # type: ignore[arg-type]
-    missing += [(name, dict | None, None) for name in FIELDS]
+    missing += [(name, Any, None) for name in FIELDS]
     return make_dataclass(f"Intervened{cls.__name__}", missing, bases=(cls,))

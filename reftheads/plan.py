@@ -25,6 +25,11 @@ class PlannedNode:
         return isinstance(self.node.intervention, Edit)
 
     @cached_property
+    def may_use_a_mask(self) -> bool:
+        """Whether its selection may be a mask where there are few tokens: a reader's slots are seen by others."""
+        return self.edits and self.node.source is None
+
+    @cached_property
     def sees_other_tokens(self) -> bool:
         """Whether the module works on the tokens of another stack than the one that runs it."""
         return reads_other_stack(self.address.module)

@@ -61,16 +61,16 @@ class Run:
     _tokens: dict[torch.device, Tokens] = field(default_factory=dict)
     _selections: dict[tuple[int, bool, torch.device], Selection | None] = field(default_factory=dict)
 
-    def selection(self, positions: Positions, h: Tensor, edits: bool) -> Selection | None:
+    def selection(self, positions: Positions, h: Tensor, mask: bool) -> Selection | None:
         """Resolved once a pass (and device) for every rule that occurs.
 
-        Where there are few tokens an edit computes all of them, which takes less time than gathering some.
+        Where there are few tokens it takes less time to edit all of them and choose by a `mask` than to gather some.
         """
-        key = (id(positions), edits, h.device)
+        key = (id(positions), mask, h.device)
         if key not in self._selections:
             if h.device not in self._tokens:
                 self._tokens[h.device] = self.frame.tokens(h)
-            self._selections[key] = positions.select(self._tokens[h.device], FEW if edits else 0)
+            self._selections[key] = positions.select(self._tokens[h.device], FEW if mask else 0)
         return self._selections[key]
 
 

@@ -238,7 +238,7 @@ class Interventions(nn.Module, BaseTunerLayer):
             if relative and self.training and stack.causal and self._generative and not self._classifies:
                 raise ValueError(
                     f"positions {relative[0]!r} depend on where the prompt ends, and this batch does not say: pass "
-                    "labels with -100 on the prompt, or prompt_mask, or use positions='all'"
+                    "labels with -100 on the prompt, or prompt_mask, or use positions='all'; or call model.eval()"
                 )
         return Frame(past, flat, prompt, ids)
 
@@ -300,7 +300,7 @@ class Interventions(nn.Module, BaseTunerLayer):
     def _act(self, run: Run, node: Acting, h: Tensor, x: Tensor) -> Tensor:
         planned, module = node.planned, node.module
         positions = planned.node.positions
-        selection = Selection() if planned.sees_other_tokens else run.selection(positions, h, planned.edits)
+        selection = Selection() if planned.sees_other_tokens else run.selection(positions, h, planned.may_use_a_mask)
         if selection is None:
             return h
         if node.rows is not None:

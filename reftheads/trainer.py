@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from reftheads.data import Collator, prompts_only
 from reftheads.losses import IGNORE
 from reftheads.model import InterventionModel
-from reftheads.nodes import Head
+from reftheads.runtime import Interventions
 
 
 class InterventionTrainer(Trainer):
@@ -66,9 +66,8 @@ class InterventionTrainer(Trainer):
         )
         self.predict_with_generate = predict_with_generate or getattr(self.args, "predict_with_generate", False)
         self.generation_kwargs = {"max_new_tokens": 64, "do_sample": False, **(generation_kwargs or {})}
-        nodes = [node for plan in model.tuner.layer.plans.values() for node in plan.graph]
-        self._heads = {str(node.name): node.intervention for node in nodes if isinstance(node.intervention, Head)}
-        self._target_names = [t for head in self._heads.values() if (t := head.target) is not None]
+        layer = next(module for module in model.modules() if isinstance(module, Interventions))
+        self._target_names = list(dict.fromkeys(name for plan in layer.plans.values() for name in plan.targets))
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -84,10 +83,9 @@ class InterventionTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        losses: dict[str, Tensor] | None = outputs.get("losses")  # type: ignore[union-attr]
-        if losses and num_items_in_batch is not None and self.model_accepts_loss_kwargs and model.training:
+        heads: Tensor | None = outputs.get("head_loss")  # type: ignore[union-attr]
+        if heads is not None and num_items_in_batch is not None and self.model_accepts_loss_kwargs and model.training:
             # the base model divides its loss by the items of all accumulated batches; the heads' are means of one
-            heads = sum(self._heads[name].weight * value for name, value in losses.items())
             loss = loss - heads * (1 - 1 / self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
 
@@ -114,11 +112,16 @@ class InterventionTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         assert isinstance(self.processing_class, PreTrainedTokenizerBase)
         pad = self.processing_class.pad_token_id
-        prompts = prompts_only(inputs, pad)  # type: ignore[arg-type]
+        seq2seq = self.model.config.is_encoder_decoder
+        prompts = (
+            {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+            if seq2seq
+            else prompts_only(inputs, pad)  # type: ignore[arg-type]
+        )
         generate = self.accelerator.unwrap_model(model).generate
         with torch.no_grad():
             ids = generate(**prompts, pad_token_id=pad, **self.generation_kwargs)  # type: ignore[operator]
-        new = ids[:, prompts["input_ids"].shape[1] :]
-        if pad != self.processing_class.eos_token_id:
-            new = torch.where(new == pad, IGNORE, new)
-        return loss, new, inputs.get("labels")
+        new = ids if seq2seq else ids[:, prompts["input_ids"].shape[1] :]
+        ends = (new == self.processing_class.eos_token_id).long()
+        behind = (ends.cumsum(1) - ends > 0) | ((new == pad) & (ends == 0))  # all but the end itself
+        return loss, torch.where(behind, IGNORE, new), inputs.get("labels")

@@ -1,5 +1,7 @@
 """Answers to many conversations at once, and a conversation in the terminal."""
 
+import sys
+
 import pytest
 from test_data import TEMPLATE
 from test_trainer import tiny_llama
@@ -45,3 +47,26 @@ def test_a_closed_terminal_ends_the_chat(model, tokenizer, monkeypatch):
 
     monkeypatch.setattr("rich.console.Console.input", closed)
     assert rh.chat(model, tokenizer) is None
+
+
+def test_a_reply_is_made_in_evaluation_mode_and_leaves_the_mode_as_it_was(tokenizer):
+    graph = rh.InterventionGraph(rh.Node(rh.LoReFT(rank=2, dropout=0.5), layer=0, positions="all"))
+    model = rh.InterventionModel(tiny_llama(len(tokenizer)), graph).train()
+    replies = [rh.reply(model, tokenizer, ["a b c"], max_new_tokens=6, eos_token_id=-1) for _ in range(3)]
+    assert replies[0] == replies[1] == replies[2]
+    assert model.training and all(module.training for module in model.modules())
+
+
+def test_brackets_in_an_answer_are_shown_as_they_are(model, tokenizer, monkeypatch, capsys):
+    lines = iter(["a", ""])
+    monkeypatch.setattr("rich.console.Console.input", lambda self, prompt: next(lines))
+    monkeypatch.setattr(
+        sys.modules["reftheads.chat"], "reply", lambda *args, **options: ["use [/INST] and [b] :smile:"]
+    )
+    rh.chat(model, tokenizer)
+    assert "use [/INST] and [b] :smile:" in capsys.readouterr().out
+
+
+def test_a_bare_text_is_no_list_of_conversations(model, tokenizer):
+    with pytest.raises(ValueError, match="put it into a list"):
+        rh.reply(model, tokenizer, "a b")

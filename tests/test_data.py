@@ -108,3 +108,10 @@ def test_prompts_only_gives_left_padded_prompts(tokenizer, side, explicit):
     want = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     assert torch.equal(got["input_ids"], want["input_ids"])
     assert torch.equal(got["attention_mask"], want["attention_mask"])
+
+
+def test_rows_without_masks_get_one_and_token_types_are_padded_with_a_valid_one(tokenizer):
+    rows = [{"input_ids": [3, 4, 5], "token_type_ids": [0, 0, 1]}, {"input_ids": [3], "token_type_ids": [0]}]
+    batch = rh.Collator(tokenizer)(rows)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 1], [0, 0, 0]]

@@ -639,3 +639,25 @@ def test_an_edit_of_cross_attention_keys_reaches_every_token_of_the_encoder():
 
     with pytest.raises(ValueError, match="only positions 'all'"):
         rh.InterventionModel(tiny_t5(), rh.InterventionGraph(rh.Node(rh.Steering(), component=path, positions="l1")))
+
+
+@pytest.mark.parametrize("batch", [2, 20])  # 14 and 140 tokens: few are edited by a mask, many by slots
+def test_a_gate_may_read_the_same_tokens_whatever_the_size_of_the_batch(batch):
+    graph = rh.InterventionGraph(
+        rh.Node(rh.LinearHead(outputs=1), layer=0, positions="f3", name="probe"),
+        rh.Node(rh.Gated(rh.Steering()), layer=1, positions="f3", source="probe", name="edit"),
+    )
+    model = rh.InterventionModel(tiny_llama().double(), graph).double().eval()
+    randomise(model)
+    vector, probe = model.node("edit").v.detach(), model.node("probe")
+    ids = random_ids(batch, 7)
+
+    def steer(module, args, output):
+        gate = torch.sigmoid(before[0][:, :3] @ probe.W.T + probe.b)
+        return torch.cat([output[:, :3] + gate * vector, output[:, 3:]], dim=1)
+
+    base, before = tiny_llama().double(), []
+    base.model.layers[0].register_forward_hook(lambda module, args, output: before.append(output))
+    base.model.layers[1].register_forward_hook(steer)
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, base(ids).logits, atol=1e-10)
