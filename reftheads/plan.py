@@ -76,11 +76,11 @@ class Plan:
     def __getitem__(self, name: str) -> PlannedNode:
         return next(planned for planned in self.nodes if planned.node.name == name)
 
-    def shapes(self) -> dict[str, tuple[PlannedNode, Shape]]:
+    def owners(self) -> dict[str, PlannedNode]:
         """The sets of parameters to make: each key once, with the first node that uses it."""
-        found: dict[str, tuple[PlannedNode, Shape]] = {}
+        found: dict[str, PlannedNode] = {}
         for planned in self.nodes:
-            found.setdefault(planned.node.key, (planned, planned.shape))
+            found.setdefault(planned.node.key, planned)
         return found
 
 
@@ -94,7 +94,7 @@ def compile_graph(graph: InterventionGraph, model: nn.Module) -> Plan:
     """
     planned = tuple(_place(node, model) for node in graph)
     plan = Plan(graph, planned, stacks(model))
-    shapes = plan.shapes()
+    owners = plan.owners()
     for one in planned:
         path = one.address.module
         if one.node.site.is_path and not any(
@@ -104,10 +104,10 @@ def compile_graph(graph: InterventionGraph, model: nn.Module) -> Plan:
                 f"node {one.node.name!r}: nodes act while the blocks run, and {path!r} is called outside of "
                 f"{' and '.join(repr(s.path) for s in plan.stacks) or 'any'}: use a module within"
             )
-        first, shape = shapes[one.node.key]
-        if shape != one.shape:
+        first = owners[one.node.key]
+        if first.shape != one.shape:
             raise ValueError(
-                f"nodes {first.node.name!r} and {one.node.name!r} share {one.node.key!r}, but see {shape} and "
+                f"nodes {first.node.name!r} and {one.node.name!r} share {one.node.key!r}, but see {first.shape} and "
                 f"{one.shape} features: share only among sites of one width"
             )
         if one.node.source is not None:

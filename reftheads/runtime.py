@@ -71,7 +71,7 @@ class Interventions(nn.Module, BaseTunerLayer):
     def add(self, adapter: str, plan: Plan, base: nn.Module) -> None:
         """Makes the parameters of `plan` under the name `adapter` and installs the hooks it needs."""
         nodes = nn.ModuleDict()
-        for key, (planned, _) in plan.shapes().items():
+        for key, planned in plan.owners().items():
             nodes[key] = planned.new_module()
             self._devices[adapter, key] = _device(base.get_submodule(planned.address.module), base)
         self.rh_nodes[adapter] = nodes

@@ -120,7 +120,11 @@ def test_a_path_whose_place_in_the_block_is_unknown_cannot_be_ordered():
 
 @pytest.mark.parametrize("component", ["query_output", "key_output", "value_output", "mlp_output", "attention_output"])
 def test_lora_finds_the_linear_module_of_a_component(component):
-    rh.compile_graph(rh.InterventionGraph(rh.Node(rh.LoRA(rank=2), 1, component)), tiny_llama())
+    base = tiny_llama()
+    plan = rh.compile_graph(rh.InterventionGraph(rh.Node(rh.LoRA(rank=2), 1, component, name="lora")), base)
+    module = base.get_submodule(plan["lora"].address.module)
+    assert isinstance(module, torch.nn.Linear)
+    assert (plan["lora"].shape.input_width, plan["lora"].shape.width) == (module.in_features, module.out_features)
 
 
 @pytest.mark.parametrize("component", ["block_output", "block_input", "mlp_input", "mlp_activation", "head_output"])
@@ -171,4 +175,4 @@ def test_an_edit_of_the_residual_stream_may_be_shared_between_modules_of_any_inp
         rh.Node(rh.LoReFT(rank=2), 1, "mlp_output", name="b", share="s"),
         rh.Node(rh.LoReFT(rank=2), 1, "block_output", name="c", share="s"),
     )
-    assert len(rh.compile_graph(graph, tiny_llama()).shapes()) == 1
+    assert len(rh.compile_graph(graph, tiny_llama()).owners()) == 1
