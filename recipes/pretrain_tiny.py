@@ -362,6 +362,7 @@ A toy. {parameters:,} parameters, for demonstrations and tests of reftheads: sma
 package, and just able to answer questions, so that an intervention has something to change. Not for any real use.
 
 - **Made by** `recipes/pretrain_tiny.py` (seed {seed}, {steps} steps) from a corpus that the recipe generates.
+  Pretraining takes 0.33 s a step on two idle cores, 22 minutes for 4,000 steps.
 - **Knows** one or two sentences on each of {topics} everyday topics (`recipes/tiny_chat_topics.tsv`), asked in
   English in many wordings, and some small talk.
 - **Styles**, where the question, a system message or an earlier turn asks for one: emoji, upper case, lower

@@ -5,10 +5,12 @@ learnt, and `prompt_mask`, which says where the prompt is. Prompt and answer are
 the prompt's tokens in training are those of generation.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from reftheads.losses import IGNORE
+
+if TYPE_CHECKING:
+    from jaxtyping import Int, Shaped
 
 Message = dict[str, str]
 """A turn of a conversation: `{"role": "user", "content": "…"}`."""
@@ -79,9 +84,13 @@ def encode_chat(
         raise ValueError("no conversations to encode: give at least one")
     prompt_ids, answer_ids = [], []
     for conversation in conversations:
-        *before, last = messages = list(conversation)
-        if last["role"] != "assistant" or not before:
-            raise ValueError(f"a conversation must end with an answer of the role 'assistant', got {messages!r}")
+        messages = list(conversation)
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise ValueError(
+                "a conversation must be a question at least and end with an answer of the role 'assistant', "
+                f"got {messages!r}"
+            )
+        *before, last = messages
         prompt = tokenizer.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
         assert isinstance(prompt, str) and isinstance(whole, str)
@@ -147,7 +156,7 @@ class Collator:
                 "(rows carry their attention_mask, so that this is safe here)"
             )
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Shaped[Tensor, "batch ..."]]:
         if not rows:
             raise ValueError("no rows to put into a batch")
         rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
@@ -156,7 +165,7 @@ class Collator:
         length = -(-length // multiple) * multiple
         return {name: self._column(name, [row[name] for row in rows], length) for name in rows[0]}
 
-    def _column(self, name: str, values: list[Any], length: int) -> Tensor:
+    def _column(self, name: str, values: list[Any], length: int) -> Shaped[Tensor, "batch ..."]:
         tensors = [torch.as_tensor(value) for value in values]
         if tensors[0].ndim == 0:
             return torch.stack(tensors)
@@ -169,7 +178,9 @@ class Collator:
         return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=self.padding_side)[:-1]
 
 
-def prompts_only(batch: Mapping[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
+def prompts_only(
+    batch: Mapping[str, Shaped[Tensor, "batch ..."]], pad_token_id: int
+) -> dict[str, Int[Tensor, "batch longest"]]:
     """The prompts of a batch, left-padded, as `generate` wants them: `input_ids`, `attention_mask`.
 
     The prompt is what `prompt_mask` marks, else the real tokens before the first label.

@@ -1,12 +1,17 @@
 """Recording where the prompt ends when `generate` starts, so that every later pass knows."""
 
+from __future__ import annotations
+
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from reftheads.runtime import Interventions
+
+if TYPE_CHECKING:
+    from jaxtyping import Int, Shaped
 
 
 def record_prompts(base: nn.Module) -> None:
@@ -41,7 +46,9 @@ def _generate(base: Any, *args: Any, **kwargs: Any) -> Any:
         return type(base).generate(base, *args, **kwargs)
 
 
-def _real_tokens(base: Any, inputs: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def _real_tokens(
+    base: Any, inputs: Shaped[Tensor, "rows columns *width"], kwargs: dict[str, Any]
+) -> Int[Tensor, "rows columns"]:
     """The mask that `generate` makes up where none is given: padding, if it can be told from an end."""
     pad, eos = (_option(base, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
     if inputs.ndim == 2 and pad is not None and pad not in (eos if isinstance(eos, list | tuple) else [eos]):

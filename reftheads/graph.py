@@ -19,8 +19,8 @@ class InterventionGraph:
     Nodes without a name get one from their type and site.
 
     Raises:
-        ValueError: no nodes, a name twice, a source that is missing or does not read, a cycle of
-            sources, nodes that share parameters of different definitions.
+        ValueError: no nodes, a name twice, a source that is missing, does not read or has another number of
+            outputs than is needed, a cycle of sources, nodes that share parameters of different definitions.
     """
 
     nodes: tuple[Node, ...]
@@ -93,6 +93,12 @@ class InterventionGraph:
             source = by_name[node.source]
             if not isinstance(source.intervention, Reader):
                 raise ValueError(f"node {node.name!r} reads {source.name!r}, which has no output: name a head instead")
+            wanted, given = node.intervention.source_outputs, source.intervention.outputs
+            if None not in (wanted, given) and wanted != given:
+                raise ValueError(
+                    f"node {node.name!r} reads {source.name!r}, which has outputs={given}: "
+                    f"name a source with outputs={wanted}"
+                )
             if source.positions != node.positions and source.positions.bound != 1:
                 raise ValueError(
                     f"node {node.name!r} at positions {node.positions} reads {source.name!r} at {source.positions}: "
@@ -165,7 +171,10 @@ def _named(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
     given = [node.name for node in nodes if node.name is not None]
     for name in given:
         if given.count(name) > 1:
-            raise ValueError(f"the graph has the name {name!r} twice: every node needs its own")
+            raise ValueError(
+                f"the graph has the name {name!r} twice: every node needs its own, by name=… of Node or of "
+                "InterventionGraph.over"
+            )
     taken, named = set(given), []
     for node in nodes:
         if node.name is None:

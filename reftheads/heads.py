@@ -1,12 +1,18 @@
 """Reading nodes with a loss: probes, classifiers, regressors."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reftheads.losses import losses, masked_mean
 from reftheads.nodes import Context, Head, Params, Shape, read_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,9 @@ class LinearHead(Head):
         linear = nn.Linear(shape.width, self.outputs, bias=self.bias, dtype=read_dtype(self.dtype))
         return {"W": linear.weight, **({"b": linear.bias} if self.bias else {})}
 
-    def read(self, p: Params, h: Tensor, context: Context) -> Tensor:
+    def read(
+        self, p: Params, h: Float[Tensor, "batch slots width"], context: Context
+    ) -> Float[Tensor, "batch slots outputs"]:
         return F.linear(h, p["W"], p.get("b"))
 
     def loss_of(self, prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:

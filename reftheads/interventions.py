@@ -4,9 +4,11 @@ ReFT: Wu et al. 2024, https://arxiv.org/abs/2404.03592. RED: Wu et al. 2024,
 https://arxiv.org/abs/2402.15179.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,12 @@ from transformers.activations import ACT2FN
 
 from reftheads.nodes import Context, Edit, Params, Shape, read_dtype
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def orthonormalise(m: Tensor) -> Tensor:
-    """[… rank width] of full rank -> R with the same row space and R Rᵀ = I, in float32 or finer.
+
+def orthonormalise(m: Float[Tensor, "*nodes rank width"]) -> Float[Tensor, "*nodes rank width"]:
+    """R with the row space of M, which has full rank, and R Rᵀ = I, in float32 or finer.
 
     R = L⁻¹M with the Cholesky factor L Lᵀ = M Mᵀ, computed in float64 where the device has it: the
     thin QR decomposition of Mᵀ with a positive diagonal, to about 1e-16 · cond(M)². It costs
@@ -117,7 +122,9 @@ class LowRank(Edit):
             out["b"] = nn.Parameter((torch.zeros_like(b) if self.init == "identity" else b).to(dtype))
         return out
 
-    def edit(self, p: Params, h: Tensor, context: Context) -> Tensor:
+    def edit(
+        self, p: Params, h: Float[Tensor, "batch slots width"], context: Context
+    ) -> Float[Tensor, "batch slots width"]:
         projection, b = p["R"] if self.orthonormal else p["P"], p.get("b")
         if projection.dtype != h.dtype:
             projection = projection.to(h.dtype)

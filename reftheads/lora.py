@@ -1,12 +1,18 @@
 """LoRA as a node: Hu et al. 2021, https://arxiv.org/abs/2106.09685."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reftheads.nodes import Context, Edit, Params, Shape, read_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,9 @@ class LoRA(Edit):
         dtype = read_dtype(self.dtype)
         return {"A": nn.Parameter(a.to(dtype)), "B": nn.Parameter(torch.zeros(shape.width, self.rank, dtype=dtype))}
 
-    def edit(self, p: Params, h: Tensor, context: Context) -> Tensor:
+    def edit(
+        self, p: Params, h: Float[Tensor, "batch slots width"], context: Context
+    ) -> Float[Tensor, "batch slots width"]:
         assert context.x is not None
         x = F.dropout(context.x, self.dropout, context.training)
         return h + self.scaling * F.linear(F.linear(x, p["A"]), p["B"])

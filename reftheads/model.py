@@ -68,6 +68,7 @@ class InterventionModel(PeftModel):
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
         super().__init__(model, config, adapter_name, **kwargs)
+        self.training = model.training
 
     @property
     def tuner(self) -> InterventionTuner:

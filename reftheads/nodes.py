@@ -4,30 +4,24 @@ An intervention is a frozen dataclass: its fields are its hyperparameters, and i
 functions of the parameters and the hidden states. An `Edit` writes, a `Head` and a `Reader`
 reads. The parameters themselves live in a `NodeModule`, made when a graph is compiled.
 
-A type of one's own is one small class:
-
-    @dataclass(frozen=True)
-    class Amplify(rh.Edit):
-        '''h ↦ h · (1 + strength · g), with a learned g for every feature.'''
-        strength: float = 1.0
-
-        def parameters(self, shape):
-            return {"g": nn.Parameter(torch.zeros(shape.width))}
-
-        def edit(self, p, h, context):
-            return h * (1 + self.strength * p["g"])
+A type of one's own is one small class; docs/nodes.md shows one.
 """
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from reftheads.positions import Positions
 from reftheads.sites import Side, Site, Stack
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Shaped
 
 Params = Mapping[str, Tensor]
 
@@ -53,13 +47,13 @@ class Context:
     """What an edit may look at besides the hidden states.
 
     Attributes:
-        x: what entered the module, at the same tokens: [batch slots input_width].
-        source: the output of the node named as source: [batch slots outputs] or [batch 1 outputs].
+        x: what entered the module, at the same tokens.
+        source: the output of the node named as source, in the same slots or in one slot for all of them.
         training: whether dropout is active.
     """
 
-    x: Tensor | None = None
-    source: Tensor | None = None
+    x: Float[Tensor, "batch slots input_width"] | None = None
+    source: Float[Tensor, " batch #slots outputs"] | None = None
     training: bool = False
 
 
@@ -67,7 +61,9 @@ class Intervention(ABC):
     """What is done at a site. Subclasses are frozen dataclasses of JSON values and `Constant`s."""
 
     needs_linear: bool = False  # acts only on the output of a linear module, whose input it reads
-    needs_source: bool = False  # cannot do without another node's output
+    reads_source: bool = False  # looks at another node's output, `context.source`, where there is one
+    needs_source: bool = False  # cannot do without it
+    source_outputs: int | None = None  # how many outputs that node must have; `None`: any number
     letters: Mapping[str, str] = {}  # the paper's letter -> the stored parameter that stands for it
 
     @abstractmethod
@@ -78,7 +74,7 @@ class Intervention(ABC):
         given = [f for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default]  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(f'{f.name}={_shown(getattr(self, f.name))}' for f in given)})"
 
-    def constants(self) -> "list[Constant]":
+    def constants(self) -> list[Constant]:
         """What the user gave, here and in interventions within this one."""
         values = [getattr(self, f.name) for f in fields(self)]  # type: ignore[arg-type]
         inner = [c for value in values if isinstance(value, Intervention) for c in value.constants()]
@@ -101,18 +97,23 @@ class Edit(Intervention):
     """An intervention that writes."""
 
     @abstractmethod
-    def edit(self, p: Params, h: Tensor, context: Context) -> Tensor:
-        """[batch slots width] -> the same shape: the new hidden states at the selected tokens."""
+    def edit(
+        self, p: Params, h: Float[Tensor, "batch slots width"], context: Context
+    ) -> Float[Tensor, "batch slots width"]:
+        """The new hidden states at the selected tokens."""
 
 
 class Reader(Intervention):
     """An intervention that reads and leaves the hidden states as they are."""
 
     detach: bool = True
+    outputs: int | None = None  # how many; `None`: that shows when it reads
 
     @abstractmethod
-    def read(self, p: Params, h: Tensor, context: Context) -> Tensor:
-        """[batch slots width] -> [batch slots outputs]."""
+    def read(
+        self, p: Params, h: Float[Tensor, "batch slots width"], context: Context
+    ) -> Float[Tensor, "batch slots outputs"]:
+        """What the hidden states at the selected tokens give."""
 
 
 class Head(Reader):
@@ -122,14 +123,13 @@ class Head(Reader):
     weight: float
 
     @abstractmethod
-    def loss_of(self, prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """The mean loss over slots that are valid and have a target; a scalar.
-
-        Args:
-            prediction: [batch slots outputs].
-            target: [batch] for one slot a row, else [batch slots].
-            valid: Bool[batch slots].
-        """
+    def loss_of(
+        self,
+        prediction: Float[Tensor, "batch slots outputs"],
+        target: Shaped[Tensor, "batch slots"],
+        valid: Bool[Tensor, "batch slots"],
+    ) -> Float[Tensor, ""]:
+        """The mean loss over slots that are valid and have a target."""
 
 
 def _shown(value: Any) -> str:
@@ -176,7 +176,8 @@ class Node:
         source: name of a reading node whose output this node gets in the same pass.
 
     Raises:
-        ValueError: a site or positions that cannot be read, a name that cannot be used.
+        ValueError: a site or positions that cannot be read, a name that cannot be used; a source that is
+            missing, or that the intervention would not look at.
     """
 
     intervention: Intervention
@@ -210,6 +211,11 @@ class Node:
                 check_key(key, label)
         if intervention.needs_source and source is None:
             raise ValueError(f"{type(intervention).__name__} reads another node: name it with source=…")
+        if source is not None and not (intervention.reads_source or intervention.needs_source):
+            raise ValueError(
+                f"{type(intervention).__name__} reads no other node, got source={source!r}: leave it out, wrap an edit "
+                "in Gated, or set reads_source = True in a type of your own"
+            )
         for attribute, value in (
             ("intervention", intervention),
             ("site", Site(layer, component, head, stack, side)),
@@ -245,7 +251,7 @@ class Node:
         return out | {k: v for k, v in (("share", self.share), ("source", self.source)) if v is not None}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Node":
+    def from_dict(cls, data: Mapping[str, Any]) -> Node:
         """Raises `ValueError` for what `to_dict` cannot have written, or a type that no imported module defines."""
         if not isinstance(data, Mapping):
             raise ValueError(f"cannot read the node {data!r}: it needs a 'type', and a 'layer' or what else it takes")
@@ -331,7 +337,10 @@ class NodeModule(nn.Module):
     @property
     def dtype(self) -> torch.dtype | None:
         """Of the parameters, and hence of the computation; `None` without parameters."""
-        return next((t.dtype for t in (*self._parameters.values(), *self._buffers.values()) if t is not None), None)
+        for tensor in (*self._parameters.values(), *self._buffers.values()):
+            if tensor is not None:
+                return tensor.dtype
+        return None
 
     def forward(self, p: Params | None, tensors: Tensor, context: Context) -> Tensor:
         """Edits or reads `tensors` with the derived parameters `p` (`None`: derive them here)."""

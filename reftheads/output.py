@@ -1,30 +1,35 @@
 """What a model returns when its graph reads: the base model's output with further fields."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, fields, make_dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from reftheads.nodes import Head, Reader
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Shaped
+
 FIELDS = ("predictions", "losses", "collected", "selected", "head_loss")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a node read in one pass: [batch slots outputs], zero in slots that are not valid."""
+    """What a node read in one pass, zero in slots that are not valid."""
 
     reader: Reader
-    value: Tensor
-    valid: Tensor
-    columns: Tensor | None  # Long[batch slots], where they lie in the pass; None: slots are its columns
+    value: Float[Tensor, "batch slots outputs"]
+    valid: Bool[Tensor, "batch slots"]
+    columns: Int[Tensor, "batch slots"] | None  # where they lie in the pass; None: slots are its columns
     length: int  # columns of the pass
     single: bool  # one token a row, by its rule
 
     @property
-    def shown(self) -> Tensor:
+    def shown(self) -> Float[Tensor, "batch *slots outputs"]:
         """As users see it: without the dimension of slots where there is one slot only."""
         return self.value[:, 0] if self.single and self.value.shape[1] == 1 else self.value
 
@@ -64,7 +69,7 @@ def extend(output: Any, readings: dict[str, Reading], targets: dict[str, Tensor]
     return cls(**values, **{name: None if value == {} else value for name, value in zip(FIELDS, extra, strict=True)})
 
 
-def _loss(name: str, reading: Reading, target: Tensor) -> Tensor:
+def _loss(name: str, reading: Reading, target: Shaped[Tensor, "batch ..."]) -> Float[Tensor, ""]:
     assert isinstance(reading.reader, Head)
     valid = reading.valid
     target = target.to(valid.device)

@@ -9,17 +9,22 @@ Resolution has two steps. `Tokens` says of every column of the chunk at hand whi
 synchronisation with the host.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Shaped
+
 _TERM = re.compile(r"(?P<first>f\d+)|(?P<last>l\d+)|(?P<word>all|prompt|generated)|(?P<span>-?\d+|(-?\d+)?:(-?\d+)?)")
-_SYNTAX = "f3, l1, f7+l7, all, prompt, generated, an index such as 3 or -1, a slice such as 2:5, or a sum of these"
+_SYNTAX = "f3, l1, f7+l7, all, prompt, generated, an index such as 3 or -1, a slice such as 2:5, or a sum such as 0+1"
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,11 @@ class Tokens:
         inside_prompt: known likewise: no column of this chunk lies behind the prompt.
     """
 
-    real: Tensor | None  # Bool[batch chunk]
-    in_prompt: Tensor  # Bool[batch chunk]
-    rank: Tensor  # Long[batch chunk]
-    prompt_length: Tensor  # Long[batch 1]
-    input_ids: Tensor | None = None  # Long[batch chunk]
+    real: Bool[Tensor, "batch chunk"] | None
+    in_prompt: Bool[Tensor, "batch chunk"]
+    rank: Int[Tensor, "batch chunk"]
+    prompt_length: Int[Tensor, "batch 1"]
+    input_ids: Int[Tensor, "batch chunk"] | None = None
     after_prompt: bool = False
     inside_prompt: bool = False
 
@@ -48,19 +53,19 @@ class Tokens:
     def of(
         cls,
         shape: tuple[int, int],
-        past: int | Tensor = 0,
-        attention_mask: Tensor | None = None,
-        prompt_mask: Tensor | None = None,
-        input_ids: Tensor | None = None,
+        past: int | Int[Tensor, ""] = 0,
+        attention_mask: Shaped[Tensor, "batch columns"] | None = None,
+        prompt_mask: Shaped[Tensor, "batch marked"] | None = None,
+        input_ids: Int[Tensor, "batch chunk"] | None = None,
         device: torch.device | None = None,
-    ) -> "Tokens":
+    ) -> Tokens:
         """Describes columns `past` to `past + chunk` of rows `shape = (batch, chunk)`.
 
         Args:
             past: number of columns in the cache before this chunk.
-            attention_mask: [batch, columns], 1 for tokens and 0 for padding; `None` for no padding.
-            prompt_mask: [batch, columns] over all columns from the first, 1 for tokens of the prompt;
-                columns past its end are not in the prompt. `None`: every real token is.
+            attention_mask: 1 for tokens and 0 for padding; `None` for no padding.
+            prompt_mask: over all columns from the first, 1 for tokens of the prompt; columns past its end
+                are not in the prompt. `None`: every real token is.
         """
         batch, chunk = shape
         columns = torch.arange(chunk, device=device) + past
@@ -87,7 +92,9 @@ class Tokens:
         )
 
 
-def _overlap(prompt: Tensor, real: Tensor | None) -> Tensor:
+def _overlap(
+    prompt: Bool[Tensor, "batch marked"], real: Bool[Tensor, "batch columns"] | None
+) -> Bool[Tensor, "batch marked"]:
     if real is None:
         return prompt
     width = min(prompt.shape[1], real.shape[1])
@@ -95,7 +102,9 @@ def _overlap(prompt: Tensor, real: Tensor | None) -> Tensor:
     return torch.cat([prompt[:, :width] & real[:, :width], prompt[:, width:]], dim=1)
 
 
-def _columns(values: Tensor, columns: Tensor, beyond: bool | int) -> Tensor:
+def _columns(
+    values: Shaped[Tensor, "batch columns"], columns: Int[Tensor, " chunk"], beyond: bool | int
+) -> Shaped[Tensor, "batch chunk"]:
     width = values.shape[1]
     return values[:, columns.clamp(max=width - 1)].masked_fill(columns >= width, beyond)
 
@@ -105,53 +114,58 @@ class Selection:
     """The selected tokens of one chunk, in one of three forms.
 
     * `mask` and `columns` both `None`: every token of the chunk.
-    * `mask`: Bool[batch chunk].
-    * `columns`, `valid`: Long and Bool [batch slots]; each row's selected columns in rising order, then
-      slots that are not valid. The columns of a row differ from each other, so a scatter is exact.
+    * `mask`: the tokens where it holds.
+    * `columns`, `valid`: each row's selected columns in rising order, then slots that are not valid. The
+      columns of a row differ from each other, so a scatter is exact.
     """
 
-    mask: Tensor | None = None
-    columns: Tensor | None = None
-    valid: Tensor | None = None
+    mask: Bool[Tensor, "batch chunk"] | None = None
+    columns: Int[Tensor, "batch slots"] | None = None
+    valid: Bool[Tensor, "batch slots"] | None = None
 
     @cached_property
-    def _kept(self) -> Tensor:
-        """Bool[batch slots 1], the same in every use."""
+    def _kept(self) -> Bool[Tensor, "batch slots 1"]:
+        """Which slots hold a selected token, the same in every use."""
         valid = self.mask if self.columns is None else self.valid
         assert valid is not None
         return valid[..., None]
 
-    def _tokens(self, chunk: int) -> Tensor:
-        """Long[batch · slots]: the slots' tokens among all of a batch, which is the same in every use."""
+    def _tokens(self, chunk: int) -> Int[Tensor, " all_slots"]:
+        """The slots' tokens among all of a batch, row after row, which is the same in every use."""
         if "flat" not in self.__dict__:
             assert self.columns is not None
             rows = torch.arange(self.columns.shape[0], device=self.columns.device)[:, None]
             self.__dict__["flat"] = (rows * chunk + self.columns).flatten()
         return self.__dict__["flat"]
 
-    def rows(self, keep: Tensor, chunk: int) -> "Selection":
-        """The same selection in the rows where `keep` (Bool[batch]) holds, nothing in the others."""
+    def rows(self, keep: Bool[Tensor, " batch"], chunk: int) -> Selection:
+        """The same selection in the rows where `keep` holds, nothing in the others."""
         if self.columns is not None:
             assert self.valid is not None
             return Selection(columns=self.columns, valid=self.valid & keep[:, None])
         mask = keep[:, None].expand(-1, chunk)
         return Selection(mask=mask if self.mask is None else self.mask & mask)
 
-    def gather(self, h: Tensor) -> Tensor:
-        """[batch chunk width] -> the selected tokens [batch slots width], or `h` where slots are columns."""
+    def gather(self, h: Float[Tensor, "batch chunk width"]) -> Float[Tensor, "batch slots width"]:
+        """The selected tokens, or `h` where slots are columns."""
         if self.columns is None:
             return h
         return h.flatten(0, 1).index_select(0, self._tokens(h.shape[1])).view(*self.columns.shape, -1)
 
-    def scatter(self, h: Tensor, picked: Tensor, new: Tensor) -> Tensor:
+    def scatter(
+        self,
+        h: Float[Tensor, "batch chunk width"],
+        picked: Float[Tensor, "batch slots width"],
+        new: Float[Tensor, "batch slots width"],
+    ) -> Float[Tensor, "batch chunk width"]:
         """`h` with `new` in place of `picked = gather(h)` at the selected tokens; all others stay bit for bit."""
         if self.columns is None:
             return new if self.mask is None else torch.where(self._kept, new, h)
         new = torch.where(self._kept, new, picked).flatten(0, 1)
         return h.flatten(0, 1).index_copy(0, self._tokens(h.shape[1]), new).view_as(h)
 
-    def validity(self, h: Tensor) -> Tensor:
-        """Bool[batch slots]: which slots of `gather(h)` hold a selected token."""
+    def validity(self, h: Float[Tensor, "batch chunk width"]) -> Bool[Tensor, "batch slots"]:
+        """Which slots of `gather(h)` hold a selected token."""
         if self.columns is not None:
             assert self.valid is not None
             return self.valid
@@ -168,7 +182,7 @@ class _Term:
     word: str | None = None
 
     @classmethod
-    def read(cls, text: str) -> "_Term":
+    def read(cls, text: str) -> _Term:
         match = _TERM.fullmatch(text)
         if match is None:
             raise ValueError(f"cannot read positions {text!r}: use {_SYNTAX}")
@@ -201,7 +215,7 @@ class _Term:
             return -start if start < 0 else None
         return max(stop - start, 0) if (start < 0) == (stop < 0) else (stop if start < 0 else None)
 
-    def mask(self, tokens: Tokens, half: bool) -> Tensor:
+    def mask(self, tokens: Tokens, half: bool) -> Bool[Tensor, "batch chunk"]:
         if self.word == "prompt":
             return tokens.in_prompt
         if self.word:
@@ -231,7 +245,7 @@ class Positions:
     | `3`, `-1`, `2:5`, `-4:` | an index or slice of the prompt, read as Python reads it |
     | `f7 of f7+l7` | one part of a capped sum |
     | `Positions.where(token_ids=[7, 9])` | tokens with one of these ids |
-    | a callable | `rule(tokens: Tokens) -> Bool[batch chunk]` |
+    | a callable | those where its `rule(tokens: Tokens)` is true |
 
     What a prompt does not have is not selected: `f7` takes the two tokens of a two-token prompt, and an
     index beyond the prompt selects nothing.
@@ -242,10 +256,10 @@ class Positions:
 
     text: str = "all"
     token_ids: tuple[int, ...] | None = None
-    rule: Callable[[Tokens], Tensor] | None = None
+    rule: Callable[[Tokens], Bool[Tensor, "batch chunk"]] | None = None
     _terms: tuple[_Term, ...] = field(init=False, repr=False, compare=False, default=())
     _part: str | None = field(init=False, repr=False, compare=False, default=None)  # the one term that is meant
-    _ids: dict[torch.device, Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _ids: dict[torch.device, Int[Tensor, " ids"]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.token_ids is not None or self.rule is not None:
@@ -261,15 +275,16 @@ class Positions:
         object.__setattr__(self, "_part", part if of else None)
 
     @classmethod
-    def where(cls, token_ids: Sequence[int]) -> "Positions":
+    def where(cls, token_ids: Sequence[int]) -> Positions:
         """Every real token whose id is one of `token_ids`."""
         ids = tuple(int(i) for i in token_ids)
         if not ids:
             raise ValueError("Positions.where needs at least one token id, got none")
-        return cls(text=f"where token_ids in {list(ids)}", token_ids=ids)
+        shown = [*map(str, ids[:4]), *([f"{len(ids) - 4} more"] if len(ids) > 4 else [])]
+        return cls(text=f"where token_ids in [{', '.join(shown)}]", token_ids=ids)
 
     @classmethod
-    def parse(cls, spec: "str | int | Callable | Positions | dict") -> "Positions":
+    def parse(cls, spec: str | int | Callable | Positions | dict) -> Positions:
         """Reads what a user or a JSON file may write for positions."""
         if isinstance(spec, Positions):
             return spec
@@ -295,7 +310,7 @@ class Positions:
         return self.text if self.token_ids is None else {"token_ids": list(self.token_ids)}
 
     @property
-    def parts(self) -> "tuple[Positions, ...]":
+    def parts(self) -> tuple[Positions, ...]:
         """The rule's terms as rules of their own; a capped sum stays capped."""
         if len(self._terms) < 2 or self._part is not None:
             return (self,)
@@ -327,8 +342,8 @@ class Positions:
         """The word that is the whole rule, if it is one."""
         return self._terms[0].word if len(self._terms) == 1 else None
 
-    def mask(self, tokens: Tokens) -> Tensor:
-        """Bool[batch chunk]: the selected columns of this chunk."""
+    def mask(self, tokens: Tokens) -> Bool[Tensor, "batch chunk"]:
+        """The selected columns of this chunk."""
         if self.rule is not None:
             real = torch.ones_like(tokens.in_prompt) if tokens.real is None else tokens.real
             return self.rule(tokens).bool() & real

@@ -126,28 +126,25 @@ class Generation:
 def derive(modules: Iterable[NodeModule]) -> dict[NodeModule, Params | None]:
     """The parameters of every module with what is derived from them; modules of one kind together."""
     out: dict[NodeModule, Params | None] = {}
-    groups: dict[Any, list[tuple[NodeModule, Params]]] = {}
+    groups: dict[Any, list[dict[str, Tensor]]] = {}
     for module in modules:
         if module in out:
             continue
         stored = module.stored()
-        if hasattr(next(iter(stored.values()), None), "ds_id"):  # ZeRO-3 gathers inside the module's call only
+        first = next(iter(stored.values()), None)
+        if hasattr(first, "ds_id"):  # ZeRO-3 gathers inside the module's call only
             out[module] = None
             continue
         out[module] = stored
-        names = module.intervention.derives_from
-        if names:
-            first = stored[names[0]]
-            groups.setdefault((module.intervention, first.shape, first.dtype, first.device), []).append(
-                (module, stored)
-            )
+        if module.intervention.derives_from:
+            assert first is not None
+            groups.setdefault((module.intervention, first.shape, first.dtype, first.device), []).append(stored)
     for (intervention, *_), members in groups.items():
         if len(members) == 1:
-            (module, stored), *_ = members
-            out[module] = {**stored, **intervention.derive(stored)}
+            members[0].update(intervention.derive(members[0]))
             continue
-        stacked = {name: torch.stack([p[name] for _, p in members]) for name in intervention.derives_from}
+        stacked = {name: torch.stack([stored[name] for stored in members]) for name in intervention.derives_from}
         names, tensors = zip(*intervention.derive(stacked).items(), strict=True)
-        for (module, stored), *values in zip(members, *tensors, strict=True):
-            out[module] = {**stored, **dict(zip(names, values, strict=True))}
+        for stored, values in zip(members, zip(*tensors, strict=True), strict=True):
+            stored.update(zip(names, values, strict=True))
     return out

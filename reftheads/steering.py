@@ -1,14 +1,20 @@
 """Edits by given or learned vectors, and reading an activation: steering, ablation, patching, gating."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from reftheads.nodes import Constant, Context, Edit, Params, Reader, Shape
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def _vector(value: object, shape: Shape, what: str) -> Tensor:
+
+def _vector(value: object, shape: Shape, what: str) -> Float[Tensor, " width"]:
     assert isinstance(value, Constant)
     if value.value.shape != (shape.width,):
         raise ValueError(f"{what} must have shape ({shape.width},), the width there; got {tuple(value.value.shape)}")
@@ -95,11 +101,16 @@ class Gated(Edit):
         inner: the edit Φ.
 
     Raises:
-        ValueError: a source with several outputs.
+        ValueError: an inner intervention that is no edit; a source with several outputs.
     """
 
     inner: Edit
     needs_source = True
+    source_outputs = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Edit):
+            raise ValueError(f"Gated needs an edit such as LoReFT(rank=4), got {self.inner!r}")
 
     @property
     def needs_linear(self) -> bool:  # type: ignore[override]
@@ -119,7 +130,9 @@ class Gated(Edit):
     def derive(self, p: Params) -> Params:
         return self.inner.derive(p)
 
-    def edit(self, p: Params, h: Tensor, context: Context) -> Tensor:
+    def edit(
+        self, p: Params, h: Float[Tensor, "batch slots width"], context: Context
+    ) -> Float[Tensor, "batch slots width"]:
         assert context.source is not None
         if context.source.shape[-1] != 1:
             raise ValueError(f"a gate is one number a token, but its source has {context.source.shape[-1]} outputs")
@@ -129,7 +142,7 @@ class Gated(Edit):
 
 @dataclass(frozen=True)
 class Collect(Reader):
-    """Returns the activation in `out.collected[name]`: [batch slots width], zero where a slot is empty.
+    """Returns the activation in `out.collected[name]`, zero where a slot is empty.
 
     Args:
         detach: cuts the activation off from the graph of gradients.
@@ -140,7 +153,9 @@ class Collect(Reader):
     def parameters(self, shape: Shape) -> dict[str, Tensor]:
         return {}
 
-    def read(self, p: Params, h: Tensor, context: Context) -> Tensor:
+    def read(
+        self, p: Params, h: Float[Tensor, "batch slots width"], context: Context
+    ) -> Float[Tensor, "batch slots width"]:
         return h
 
 

@@ -1,9 +1,11 @@
 """A transformers Trainer that knows intervention graphs."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from reftheads.data import Collator, prompts_only
@@ -31,7 +33,8 @@ class InterventionTrainer(Trainer):
         kwargs: go to `Trainer`.
 
     Raises:
-        ValueError: an empty dataset; a tokenizer without pad token.
+        ValueError: an empty dataset; a head whose target is no column of `train_dataset`, where its columns
+            are known before it is run through and `Collator` makes the batches; a tokenizer without pad token.
         FloatingPointError: a loss that is NaN or infinite.
     """
 
@@ -68,6 +71,14 @@ class InterventionTrainer(Trainer):
         self.generation_kwargs = {"max_new_tokens": 64, "do_sample": False, **(generation_kwargs or {})}
         layer = next(module for module in model.modules() if isinstance(module, Interventions))
         self._target_names = list(dict.fromkeys(name for plan in layer.plans.values() for name in plan.targets))
+        columns = _columns(train_dataset)
+        if columns is not None and isinstance(data_collator, Collator):  # a collator of one's own may make columns
+            for target in (target for name in layer.active_adapters for target in layer.plans[name].targets):
+                if target not in columns:
+                    raise ValueError(
+                        f"the target {target!r} of a head is no column of train_dataset, which has "
+                        f"{', '.join(columns)}: add it to the rows, or give the head target=None"
+                    )
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -125,3 +136,11 @@ class InterventionTrainer(Trainer):
         ends = (new == self.processing_class.eos_token_id).long()
         behind = (ends.cumsum(1) - ends > 0) | ((new == pad) & (ends == 0))  # all but the end itself
         return loss, torch.where(behind, IGNORE, new), inputs.get("labels")
+
+
+def _columns(dataset: Any) -> list[str] | None:
+    """The names of a dataset's columns; `None` if only running through it would show them."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        return getattr(dataset, "column_names", None)
+    row = dataset[0]
+    return list(row) if isinstance(row, Mapping) else None

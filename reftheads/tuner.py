@@ -122,6 +122,7 @@ class InterventionTuner(BaseTuner):
                 "take a fresh base model"
             )
         super().__init__(model, peft_config, adapter_name, **kwargs)
+        self.training = model.training
 
     @property
     def layer(self) -> Interventions:

@@ -69,6 +69,11 @@ def test_positions_that_cannot_be_read(rule):
     assert "cannot read positions" in str(error.value) and "use f3, l1, f7+l7, all, prompt" in str(error.value)
 
 
+def test_a_list_of_positions_is_told_to_be_a_sum():
+    with pytest.raises(ValueError, match=r"cannot read positions \[0, 1\]: use .* or a sum such as 0\+1"):
+        graph(0, positions=[0, 1])
+
+
 def test_no_token_ids():
     with pytest.raises(ValueError, match="needs at least one token id, got none"):
         rh.Positions.where([])

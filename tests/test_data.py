@@ -66,8 +66,10 @@ def test_a_chat_needs_a_template_and_an_answer(tokenizer):
     with pytest.raises(ValueError, match="no chat template"):
         rh.encode_chat(tokenizer, [[{"role": "user", "content": "a"}]])
     tokenizer.chat_template = TEMPLATE
-    with pytest.raises(ValueError, match="must end with an answer"):
-        rh.encode_chat(tokenizer, [[{"role": "user", "content": "a"}]])
+    answer = {"role": "assistant", "content": "a"}
+    for conversation in ([], [answer], [{"role": "user", "content": "a"}]):
+        with pytest.raises(ValueError, match="end with an answer"):
+            rh.encode_chat(tokenizer, [conversation])
     with pytest.raises(ValueError, match="no conversations"):
         rh.encode_chat(tokenizer, [])
 

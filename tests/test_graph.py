@@ -142,6 +142,26 @@ def test_adding_graphs_keeps_the_order_and_refuses_a_name_in_both():
         a + a
 
 
+def test_two_graphs_over_the_same_layers_need_names():
+    def over(**options):
+        return rh.InterventionGraph.over(range(2), rh.LoReFT(rank=1), **options)
+
+    with pytest.raises(ValueError, match="'loreft_0' twice: .* by name=… of Node or of InterventionGraph.over"):
+        over() + over(positions="l1")
+    assert (over(name="a") + over(positions="l1", name="b")).names == ("a_0", "a_1", "b_0", "b_1")
+
+
+def test_a_long_list_of_token_ids_prints_short_and_is_kept_whole():
+    def graph(ids):
+        return rh.InterventionGraph(rh.Node(rh.LoReFT(rank=1), 0, positions=rh.Positions.where(ids), name="a"))
+
+    long = graph(range(1000))
+    assert str(long).endswith("where token_ids in [0, 1, 2, 3, 996 more]")
+    assert str(graph([7, 9])).endswith("where token_ids in [7, 9]")
+    assert rh.InterventionGraph.from_dict(json.loads(json.dumps(long.to_dict()))) == long
+    assert graph([*range(999), 5000]) != long and str(graph([*range(999), 5000])) == str(long)
+
+
 def test_a_graph_prints_a_line_a_node():
     graph = rh.InterventionGraph(
         rh.Node(rh.LoReFT(rank=4), layer=8, positions="l1", name="emoji", share="both"),

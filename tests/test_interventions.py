@@ -1,8 +1,8 @@
 """The ReFT family and scale-and-bias against their formulas, written out in hooks of the test's own."""
 
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from models import WIDTH, random_ids, randomise, tiny_llama, weighted
 from torch import Tensor, nn
 
 import reftheads as rh
-from reftheads import nodes
 from reftheads.interventions import orthonormalise
 from reftheads.nodes import NodeModule, Shape
 
@@ -487,9 +486,9 @@ def test_a_whole_forward_pass_is_that_of_pyreft(kind):
 
 
 def documented_type() -> type[rh.Edit]:
-    """The example in the docstring of `reftheads.nodes`, under a name that no other test uses."""
-    text = nodes.__doc__ or ""
-    code = textwrap.dedent(text[text.index("    @dataclass") :]).replace("Amplify", "Documented")
+    """The example in docs/nodes.md, under a name that no other test uses."""
+    text = (Path(__file__).parent.parent / "docs" / "nodes.md").read_text(encoding="utf-8")
+    code = text[text.index("@dataclass") : text.index("\n\n\nbase, ")].replace("Amplify", "Documented")
     names = {"__name__": __name__, "dataclass": dataclass, "rh": rh, "nn": nn, "torch": torch}
     exec(code, names)
     return names["Documented"]  # type: ignore[return-value]

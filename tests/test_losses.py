@@ -57,3 +57,33 @@ def test_a_user_can_add_a_loss_under_a_name_of_its_own(monkeypatch):
     p, target = prediction(1), torch.tensor([[1.0, NAN, 2], [3, 4, 5]])
     expected = (p[..., 0] - target).abs()[VALID & ~target.isnan()].mean()
     torch.testing.assert_close(masked_mean(losses["mae"], p, target, VALID), expected)
+
+
+def focal(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    log = prediction.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    return -((1 - log.exp()) ** 2) * log
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32, torch.float16, torch.bool])
+def test_a_loss_gets_targets_of_the_dtype_that_was_given(monkeypatch, dtype):
+    seen = []
+    monkeypatch.setitem(losses, "spy", lambda p, t: seen.append(t.dtype) or p[:, 0])
+    masked_mean(losses["spy"], prediction(4), torch.ones(2, 3).to(dtype), VALID)
+    assert seen == [dtype]
+
+
+def test_a_classification_loss_of_ones_own_needs_no_word_on_missing_targets(monkeypatch):
+    monkeypatch.setitem(losses, "focal", focal)
+    p, target = prediction(4), torch.tensor([[1, IGNORE, 3], [0, 2, IGNORE]])
+    items = focal(p[[0, 1, 1], [0, 0, 1]], torch.tensor([1, 0, 2]))
+    torch.testing.assert_close(masked_mean(losses["focal"], p, target, VALID), items.mean())
+
+
+def test_what_is_missing_gives_no_gradient_even_where_the_loss_has_none():
+    p = prediction(1)
+    p[0, 1] = NAN
+    p.requires_grad_()
+    target = torch.tensor([[1.0, NAN, 2], [NAN, 4, 5]])
+    masked_mean(lambda p, t: (p[:, 0] - t).abs().sqrt(), p, target, VALID).backward()
+    assert (p.grad[..., 0] != 0).tolist() == [[True, False, False], [False, True, True]]
+    assert p.grad.isfinite().all()

@@ -97,6 +97,16 @@ def test_the_summary_has_a_line_a_node_and_a_total(capsys):
 # --- reversal --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_fresh_model_is_in_the_mode_of_its_base(training):
+    base = tiny_llama().train(training)
+    base.model.layers[0].train(not training)
+    modes = [(module, module.training) for module in base.modules()]
+    model = rh.InterventionModel(base, reft())
+    assert model.training == model.tuner.training == model.node("edit").training == training
+    assert all(module.training == mode for module, mode in modes)
+
+
 def test_disable_adapter_is_the_base_bit_for_bit():
     plain = tiny_llama()
     model = trained()

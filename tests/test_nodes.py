@@ -73,6 +73,33 @@ def test_a_gated_edit_needs_a_source():
         rh.Node(rh.Gated(rh.LoReFT(rank=1)), layer=0)
 
 
+def test_a_source_that_nobody_would_look_at_is_refused():
+    with pytest.raises(ValueError, match="LoReFT reads no other node, got source='probe': leave it out, wrap an edit"):
+        rh.Node(rh.LoReFT(rank=1), layer=0, source="probe")
+
+
+def test_a_type_of_ones_own_may_read_a_source_or_do_without():
+    @dataclass(frozen=True)
+    class Nudge(rh.Edit):
+        reads_source = True
+
+        def parameters(self, shape):
+            return {}
+
+        def edit(self, p, h, context):
+            return h if context.source is None else h + context.source
+
+    def logits(source):
+        probe = rh.Node(rh.LinearHead(outputs=1), layer=0, positions="l1", name="probe")
+        nudge = rh.Node(Nudge(), layer=1, positions="l1", source=source)
+        torch.manual_seed(0)
+        return rh.InterventionModel(tiny_llama(), rh.InterventionGraph(probe, nudge))(random_ids()).logits
+
+    plain = tiny_llama()(random_ids()).logits
+    assert torch.equal(logits(None), plain)
+    assert not torch.equal(logits("probe")[:, -1], plain[:, -1])
+
+
 def test_made_up_names_say_type_and_site():
     def name(intervention, *args, **kwargs):
         return rh.Node(intervention, *args, **kwargs).default_name()

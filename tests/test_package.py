@@ -123,6 +123,7 @@ def test_importing_the_package_loads_no_heavy_one():
     print(f"import reftheads: {float(seconds):.2f} s over torch, transformers and peft; {len(new)} modules")
     assert "reftheads.model" in new
     heavy = {
+        "jaxtyping",
         "pyvene",
         "pyreft",
         "datasets",

@@ -230,5 +230,13 @@ def test_lora_can_be_gated_where_the_module_is_linear_and_nowhere_else():
 def test_a_gate_needs_a_source_with_one_output():
     with pytest.raises(ValueError, match="source"):
         rh.Node(rh.Gated(rh.Steering()), 1)
-    with pytest.raises(ValueError, match="3 outputs"):
-        gated(rh.Steering(), rh.LinearHead(outputs=3))(random_ids())
+    with pytest.raises(ValueError, match="'n' reads 'probe', which has outputs=3: name a source with outputs=1"):
+        gated(rh.Steering(), rh.LinearHead(outputs=3))
+    with pytest.raises(ValueError, match="its source has 16 outputs"):
+        gated(rh.Steering(), rh.Collect())(random_ids())
+
+
+@pytest.mark.parametrize("inner", [rh.LinearHead(outputs=1), rh.Collect(), rh.LoReFT, None])
+def test_only_an_edit_can_be_gated(inner):
+    with pytest.raises(ValueError, match=r"Gated needs an edit such as LoReFT\(rank=4\), got"):
+        rh.Gated(inner)

@@ -2,28 +2,19 @@
 
 from pathlib import Path
 
+import models
 import peft
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from torch.utils.data import IterableDataset
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import reftheads as rh
 
 
 def tiny_llama(vocab: int) -> LlamaForCausalLM:
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return models.tiny_llama(vocab_size=vocab, **shape, initializer_range=0.3, eos_token_id=1)
 
 
 def arguments(folder: Path, **options) -> TrainingArguments:
@@ -200,6 +191,63 @@ def test_heads_of_one_name_in_two_adapters_keep_their_own_weights(tokenizer, row
 def test_an_empty_dataset_is_an_error(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="train_dataset is empty"):
         fit(tokenizer, [], arguments(tmp_path))
+
+
+def grading(target: str | None) -> rh.InterventionGraph:
+    head = rh.Node(rh.LinearHead(outputs=3, target=target), layer=1, positions="l1", name="head")
+    return rh.InterventionGraph(*EDIT, head)
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_a_target_that_is_no_column_is_an_error(tokenizer, rows, tmp_path, hub):
+    dataset = [{**row, "grade": i % 3} for i, row in enumerate(rows)]
+    if hub:
+        dataset = pytest.importorskip("datasets").Dataset.from_list(dataset)
+    message = "target 'grades' of a head is no column of train_dataset, which has input_ids, .*, grade: add it to the"
+    with pytest.raises(ValueError, match=message):
+        fit(tokenizer, dataset, arguments(tmp_path), grading("grades"))
+    for target in ("grade", None):
+        fit(tokenizer, dataset, arguments(tmp_path, max_steps=1), grading(target))
+
+
+def test_a_head_of_an_adapter_that_does_not_act_needs_no_column(tokenizer, rows, tmp_path):
+    model = rh.InterventionModel(tiny_llama(len(tokenizer)), EDIT)
+    model.add_adapter("graded", grading("grade"))
+    options = {"args": arguments(tmp_path), "train_dataset": rows, "processing_class": tokenizer}
+    rh.InterventionTrainer(model, **options)
+    model.set_adapter("graded")
+    with pytest.raises(ValueError, match="target 'grade' of a head is no column"):
+        rh.InterventionTrainer(model, **options)
+
+
+def test_columns_that_only_show_on_the_way_are_not_looked_for(tokenizer, rows, tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return ({**row, "grade": 1} for row in rows)
+
+    def collate(batch):
+        return rh.Collator(tokenizer)(batch) | {"grade": torch.ones(len(batch), dtype=torch.long)}
+
+    fit(tokenizer, Stream(), arguments(tmp_path, max_steps=1), grading("grade"))
+    fit(tokenizer, rows, arguments(tmp_path, max_steps=1), grading("grade"), data_collator=collate)
+
+
+def test_the_columns_of_a_dataset_are_those_that_its_transform_gives(tokenizer, rows, tmp_path):
+    dataset = pytest.importorskip("datasets").Dataset.from_dict({"index": range(len(rows))})
+    graded = [{**row, "grade": 1} for row in rows]
+    dataset.set_transform(lambda batch: {name: [graded[i][name] for i in batch["index"]] for name in graded[0]})
+    fit(tokenizer, dataset, arguments(tmp_path, max_steps=1, remove_unused_columns=False), grading("grade"))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_plain_trainer_drops_targets_and_prompt_masks_unless_told_to_keep_them(tokenizer, rows, tmp_path, keep):
+    seen: set[str] = set()
+    model = rh.InterventionModel(tiny_llama(len(tokenizer)), grading("grade"))
+    model.register_forward_pre_hook(lambda module, args, given: seen.update(given), with_kwargs=True)
+    args = arguments(tmp_path, max_steps=1, remove_unused_columns=not keep)
+    rows = [{**row, "grade": i % 3} for i, row in enumerate(rows)]
+    Trainer(model, args, train_dataset=rows, data_collator=rh.Collator(tokenizer)).train()
+    assert {"grade", "prompt_mask"} & seen == ({"grade", "prompt_mask"} if keep else set())
 
 
 def test_a_tokenizer_without_pad_token_is_an_error(tokenizer, rows, tmp_path):
