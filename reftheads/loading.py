@@ -24,6 +24,7 @@ def load_base(
     bits: int | None = None,
     auto_class: Any = None,
     dtype: str | torch.dtype | None = None,
+    dropout: bool = True,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a base model, in evaluation mode, and its tokenizer.
@@ -37,6 +38,9 @@ def load_base(
         auto_class: such as `AutoModelForSequenceClassification`; left out, the checkpoint's own kind:
             a language model if it is one, else the bare encoder.
         dtype: of the weights; left out, float32 for the embedded model and the checkpoint's own for others.
+        dropout: `False` sets every dropout probability of the model's configuration to 0. A base model whose dropout
+            is active while its adapter is trained computes something new in every step, so that nothing of it can
+            be reused.
         kwargs: go to `from_pretrained`, such as `device_map` or `revision`.
 
     Raises:
@@ -51,6 +55,12 @@ def load_base(
     if dtype is None:
         dtype = "float32" if name in EMBEDDED else "auto"
     where = {name: kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in kwargs}
+    if not dropout:
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path, **where)
+        for name in [name for name in config.to_dict() if "drop" in name or name == "jitter_noise"]:
+            if isinstance(getattr(config, name, None), float):
+                setattr(config, name, 0.0)
+        kwargs["config"] = config
     model = (auto_class or _auto_class(path, **where)).from_pretrained(path, dtype=dtype, **kwargs).eval()
     tokenizer = AutoTokenizer.from_pretrained(path, **where)
     if tokenizer.pad_token_id is None:

@@ -5,7 +5,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import huggingface_hub
 from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 
+from reftheads.forecast import describe
 from reftheads.graph import InterventionGraph
 from reftheads.nodes import NodeModule
 from reftheads.plan import Plan
+from reftheads.replay import Replay
+from reftheads.store import ActivationStore
 from reftheads.tuner import CHILD, WEIGHTS, InterventionConfig, InterventionTuner, has_file, refuse_pickle
 
 _CARD = """<!-- reftheads -->
@@ -68,7 +72,40 @@ class InterventionModel(PeftModel):
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
         super().__init__(model, config, adapter_name, **kwargs)
+        self._replay: Replay | None = None
         self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's output with what was read; see `reusing` for how less of it is computed."""
+        if self._replay is not None and not args:
+            output = self._replay(kwargs)
+            if output is not None:
+                return output
+        return super().forward(*args, **kwargs)
+
+    @contextmanager
+    def reusing(self, replay: Replay | ActivationStore | None = None) -> Iterator[Replay]:
+        """Within, a call computes only what the graph can change, and takes the rest from a store.
+
+        Losses and gradients are those of a plain call. The output has no logits, and the activations of the frozen
+        base model are computed once for every content; see `plan_summary` for what that spares. A call that asks
+        for more, such as `output_hidden_states`, is a plain one, and so is one in a state of the model in which
+        the result could differ.
+
+        Args:
+            replay: where activations are kept; or what an earlier `reusing` gave; `None` records them for every
+                batch anew, which still spares the backward pass and its memory outside of the cone.
+
+        Raises:
+            ValueError: a model in which nothing can be reused, since it has no one stack of blocks.
+        """
+        if not isinstance(replay, Replay):
+            replay = Replay(self.get_base_model(), self.tuner.layer, replay)
+        before, self._replay = self._replay, replay
+        try:
+            yield replay
+        finally:
+            self._replay = before
 
     @property
     def tuner(self) -> InterventionTuner:
@@ -87,6 +124,18 @@ class InterventionModel(PeftModel):
     def summary(self, adapter: str | None = None) -> None:
         """Prints a table, one line a node."""
         self.tuner.summary(adapter)
+
+    def plan_summary(self, batch: Mapping[str, Any] | None = None) -> None:
+        """Prints what `reusing` reuses in the state that the model is in, what it does not, and why.
+
+        Args:
+            batch: rows as for a call; then also the share of a plain training step's floating-point operations that
+                is left, and how much has to be kept a row.
+
+        Raises:
+            ValueError: a model in which nothing can be reused, since it has no one stack of blocks.
+        """
+        print(describe(Replay(self.get_base_model(), self.tuner.layer), [] if batch is None else [batch]))
 
     def add_adapter(self, adapter_name: str, peft_config: InterventionGraph | PeftConfig, **kwargs: Any) -> None:
         """Adds a second graph, or a set of parameters of its own for the same one; `set_adapter` makes it act.

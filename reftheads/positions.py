@@ -323,6 +323,13 @@ class Positions:
         return bool(self._terms) and all(term.word in (None, "prompt") for term in self._terms)
 
     @cached_property
+    def begins_with_first(self) -> bool:
+        """Whether the first token of every prompt is selected, for certain."""
+        return any(
+            term.word in ("all", "prompt") if term.word else not term.start and term.stop != 0 for term in self._active
+        )
+
+    @cached_property
     def needs_prompt(self) -> bool:
         """Whether the rule means nothing until it is known where the prompt ends."""
         return bool(self._terms) and any(term.word != "all" for term in self._terms)
@@ -370,7 +377,10 @@ class Positions:
         everything = self._word == "all" or (self._word == "generated" and tokens.after_prompt)
         if everything and tokens.real is None:
             return Selection()
-        mask = self.mask(tokens)
+        return self.pick(self.mask(tokens), few)
+
+    def pick(self, mask: Bool[Tensor, "batch chunk"], few: int = 0) -> Selection | None:
+        """The selection of what `mask` says, in as many slots as the rule can need; see `select`."""
         slots = self.bound
         if slots is None or slots >= mask.shape[1] or mask.numel() <= few:
             return Selection(mask=mask)

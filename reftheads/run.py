@@ -58,6 +58,7 @@ class Run:
     acting: Mapping[HookKey, Sequence[Acting]]
     shape: tuple[int, int] | None  # batch, chunk; None until a module is called, for models without tokens
     readings: dict[NodeKey, Reading] = field(default_factory=dict)
+    masks: Mapping[int, Tensor] | None = None  # by id of a rule: Bool[batch chunk], where the frame does not say
     _tokens: dict[torch.device, Tokens] = field(default_factory=dict)
     _selections: dict[tuple[int, bool, torch.device], Selection | None] = field(default_factory=dict)
 
@@ -67,6 +68,8 @@ class Run:
         Where there are few tokens it takes less time to edit all of them and choose by a `mask` than to gather some.
         """
         key = (id(positions), mask, h.device)
+        if key not in self._selections and self.masks is not None:
+            self._selections[key] = positions.pick(self.masks[id(positions)].to(h.device), FEW if mask else 0)
         if key not in self._selections:
             if h.device not in self._tokens:
                 self._tokens[h.device] = self.frame.tokens(h)
@@ -82,6 +85,14 @@ class Call:
     prompt_mask: Tensor | None = None
     targets: dict[str, Tensor] = field(default_factory=dict)
     readings: dict[NodeKey, Reading] = field(default_factory=dict)
+
+    def named(self) -> dict[str, Reading]:
+        """What was read by the names of the nodes; with the adapter's where several have a node of one name."""
+        names = [node for _, node in self.readings]
+        return {
+            node if names.count(node) == 1 else f"{adapter}/{node}": reading
+            for (adapter, node), reading in self.readings.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class Interventions(nn.Module, BaseTunerLayer):
         self.runs: dict[str, Run] = {}
         self.call: Call | None = None
         self.generation: Generation | None = None
+        self.prepared: dict[str, Run] = {}  # by stack, where a pass is no plain one; see replay
         self.adapter_names: Sequence[str] | None = None  # one a row, as PEFT passes them
         self._generative = False
         self._seq2seq = False
@@ -147,36 +148,29 @@ class Interventions(nn.Module, BaseTunerLayer):
         call, self.call = self.call, None
         if call is None or not call.readings or output is None:
             return None
-        names = [node for _, node in call.readings]
-        named = {
-            node if names.count(node) == 1 else f"{adapter}/{node}": reading
-            for (adapter, node), reading in call.readings.items()
-        }
-        return extend(output, named, call.targets)
+        return extend(output, call.named(), call.targets)
 
     # --- a call of a stack --------------------------------------------------------------------------------
 
     def _stack_begins(self, stack: StackInfo, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.runs.pop(stack.path, None)
+        if stack.path in self.prepared:
+            self.runs[stack.path] = run = self.prepared[stack.path]
+            run.readings.update({} if self.call is None else self.call.readings)
+            return
         if self.disable_adapters or self._behind_prompts(stack, kwargs.get("past_key_values")):
             return
-        nodes = list(self._nodes_of(stack.path))
+        nodes = list(self.nodes_of(stack.path))
         if not nodes:
             return
         given = _named(self._argument_names[stack.path], args) | kwargs
         ids = given.get("input_ids")
         tokens = ids if ids is not None else given.get("inputs_embeds")
         shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
-        frame = self._frame(stack, given, shape, [p.node.positions for _, p, _ in nodes])
-        derived = self._derived([module for _, _, module in nodes])
+        frame = self.frame(stack, given, shape, [p.node.positions for _, p, _ in nodes])
         acting: dict[HookKey, list[Acting]] = {}
-        for (adapter, _), planned, node_module in nodes:
-            rows = None
-            if self.adapter_names is not None and tokens is not None:
-                rows = self._rows_of(adapter, tokens)
-            key, p = (adapter, str(planned.node.name)), derived[node_module]
-            act = Acting(key, planned, node_module, p, node_module.dtype, rows)
-            acting.setdefault((planned.address.module, planned.address.side), []).append(act)
+        for act in self.acting(nodes, tokens):
+            acting.setdefault((act.planned.address.module, act.planned.address.side), []).append(act)
         readings = {} if self.call is None else dict(self.call.readings)
         self.runs[stack.path] = Run(frame, acting, shape, readings)
         for block in self._checkpointing[stack.path]:
@@ -197,7 +191,19 @@ class Interventions(nn.Module, BaseTunerLayer):
         behind = isinstance(past, int) and past >= self.generation.prompt.shape[1]
         return behind and all(plan.only_prompts(stack.path) for plan in self.plans.values())
 
-    def _nodes_of(self, stack: str) -> Iterator[tuple[NodeKey, PlannedNode, NodeModule]]:
+    def acting(
+        self, nodes: Sequence[tuple[NodeKey, PlannedNode, NodeModule]], tokens: Tensor | None = None
+    ) -> Iterator[Acting]:
+        """Each node with what it needs in one pass over `tokens`."""
+        derived = self._derived([module for _, _, module in nodes])
+        for (adapter, _), planned, module in nodes:
+            rows = None
+            if self.adapter_names is not None and tokens is not None:
+                rows = self._rows_of(adapter, tokens)
+            key = (adapter, str(planned.node.name))
+            yield Acting(key, planned, module, derived[module], module.dtype, rows)
+
+    def nodes_of(self, stack: str) -> Iterator[tuple[NodeKey, PlannedNode, NodeModule]]:
         adapters = self.active_adapters if self.adapter_names is None else dict.fromkeys(self.adapter_names)
         for adapter in adapters:
             if adapter not in self.plans:
@@ -213,9 +219,14 @@ class Interventions(nn.Module, BaseTunerLayer):
             raise ValueError(f"adapter_names has {len(keep)} entries for {tokens.shape[0]} rows: give one a row")
         return keep.repeat_interleave(tokens.shape[0] // len(keep))
 
-    def _frame(
+    def frame(
         self, stack: StackInfo, given: Mapping[str, Any], shape: tuple[int, int] | None, rules: Sequence[Positions]
     ) -> Frame:
+        """Where the columns of a pass lie, by what the stack and the base model were given.
+
+        Raises:
+            ValueError: a rule about prompts, and nothing that says where they end.
+        """
         cache = given.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on in place
@@ -319,10 +330,10 @@ class Interventions(nn.Module, BaseTunerLayer):
         if source is not None or module.intervention.needs_linear:
             entered = selection.gather(x).to(dtype) if module.intervention.needs_linear else None
             context = Context(entered, None if source is None else source.value, module.training)
-        result = module(node.params, part if part.dtype == dtype else part.to(dtype), context)
         if not planned.edits:
-            self._keep(run, node, result, selection, h)
+            self.read(run, node, part, selection, h.shape[1], context)
             return h
+        result = module(node.params, part if part.dtype == dtype else part.to(dtype), context)
         result = result if result.dtype == h.dtype else result.to(h.dtype)
         if index is not None:
             whole = picked.clone()
@@ -330,12 +341,17 @@ class Interventions(nn.Module, BaseTunerLayer):
             result = whole
         return selection.scatter(h, picked, result)
 
-    def _keep(self, run: Run, node: Acting, value: Tensor, selection: Selection, h: Tensor) -> None:
+    def read(
+        self, run: Run, node: Acting, h: Tensor, selection: Selection, length: int, context: Context | None = None
+    ) -> None:
+        """Lets a node read the tokens `h` that `selection` gathered from a pass of `length` columns."""
+        module = node.module
+        value = module(node.params, h.to(node.dtype or h.dtype), context or _PLAIN[module.training])
         valid = selection.validity(h)
         value = torch.where(valid[..., None], value, torch.zeros_like(value))
         single = node.planned.node.positions.bound == 1
-        assert isinstance(node.module.intervention, Reader)
-        run.readings[node.key] = Reading(node.module.intervention, value, valid, selection.columns, h.shape[1], single)
+        assert isinstance(module.intervention, Reader)
+        run.readings[node.key] = Reading(module.intervention, value, valid, selection.columns, length, single)
         if single and self.generation is not None:
             sources = self.generation.sources
             sources[node.key] = Source(value, valid).since(sources.get(node.key))
@@ -390,6 +406,33 @@ class Interventions(nn.Module, BaseTunerLayer):
             yield
         finally:
             self.adapter_names = before
+
+    @contextmanager
+    def calling(self, call: Call) -> Iterator[None]:
+        """Within, this is what the base model was called with."""
+        before, self.call = self.call, call
+        try:
+            yield
+        finally:
+            self.call = before
+
+    @contextmanager
+    def running(self, runs: Mapping[str, Run]) -> Iterator[None]:
+        """Within, a pass through one of these stacks is this run, whatever the stack is given."""
+        before, self.prepared = self.prepared, {**self.prepared, **runs}
+        try:
+            yield
+        finally:
+            self.prepared = before
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Within, no node acts."""
+        before, self._disable_adapters = self._disable_adapters, True
+        try:
+            yield
+        finally:
+            self._disable_adapters = before
 
     @contextmanager
     def generating(self, real: Tensor, prompt: Tensor, encoder_prompt: Tensor | None = None) -> Iterator[None]:

@@ -1,17 +1,24 @@
 """A transformers Trainer that knows intervention graphs."""
 
+import os
 from collections.abc import Mapping
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from reftheads.data import Collator, prompts_only
+from reftheads.forecast import Forecast, describe
 from reftheads.losses import IGNORE
 from reftheads.model import InterventionModel
+from reftheads.replay import Replay
 from reftheads.runtime import Interventions
+from reftheads.store import ActivationStore
+
+_SAMPLE = 64  # rows by which the size of a store is estimated
 
 
 class InterventionTrainer(Trainer):
@@ -21,6 +28,9 @@ class InterventionTrainer(Trainer):
     * The losses of heads are means, and stay so under gradient accumulation.
     * `predict_with_generate` feeds the prompts alone and compares what is generated from them.
     * A loss that is not finite stops the training before it reaches the weights.
+    * A step computes only what the graph can change, and takes the rest from a store; see
+      `InterventionModel.reusing`. What is reused is `reuse_summary`; how often the store had what was wanted, and
+      how large it is, is logged beside the loss.
 
     Args:
         model: the model to train.
@@ -30,6 +40,11 @@ class InterventionTrainer(Trainer):
         predict_with_generate: whether evaluation and prediction generate. `compute_metrics` then gets
             new tokens as predictions and labels as label ids, both padded with -100.
         generation_kwargs: for `model.generate`; greedy, at most 64 new tokens, if left out.
+        reuse: where the activations of the frozen base model are kept: "memory"; "disk", in the folder `activations`
+            of `args.output_dir`; "off" takes the plain path; "auto" takes memory if what is to be kept of the
+            rows seems to fit into half of what is free and a row is seen more than once, else keeps nothing, which
+            still spares the backward pass outside of the graph's cone. Or an `ActivationStore`, which several
+            trainers may share.
         kwargs: go to `Trainer`.
 
     Raises:
@@ -51,8 +66,11 @@ class InterventionTrainer(Trainer):
         data_collator: Any = None,
         predict_with_generate: bool = False,
         generation_kwargs: dict[str, Any] | None = None,
+        reuse: Literal["auto", "memory", "disk", "off"] | ActivationStore = "auto",
         **kwargs: Any,
     ):
+        if reuse not in ("auto", "memory", "disk", "off") and not isinstance(reuse, ActivationStore):
+            raise ValueError(f"reuse must be 'auto', 'memory', 'disk', 'off' or an ActivationStore, got {reuse!r}")
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if hasattr(dataset, "__len__") and len(dataset) == 0:  # type: ignore[arg-type]
                 raise ValueError(f"{name} is empty: give at least one row, as from encode_pairs")
@@ -69,6 +87,10 @@ class InterventionTrainer(Trainer):
         )
         self.predict_with_generate = predict_with_generate or getattr(self.args, "predict_with_generate", False)
         self.generation_kwargs = {"max_new_tokens": 64, "do_sample": False, **(generation_kwargs or {})}
+        self.reuse = reuse
+        self.reuse_summary = ""
+        self._replay: Replay | None = None
+        self._wants_logits = self.label_smoother is not None or self.compute_loss_func is not None
         layer = next(module for module in model.modules() if isinstance(module, Interventions))
         self._target_names = list(dict.fromkeys(name for plan in layer.plans.values() for name in plan.targets))
         columns = _columns(train_dataset)
@@ -93,12 +115,78 @@ class InterventionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        with self._reusing(model):
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
         heads: Tensor | None = outputs.get("head_loss")  # type: ignore[union-attr]
         if heads is not None and num_items_in_batch is not None and self.model_accepts_loss_kwargs and model.training:
             # the base model divides its loss by the items of all accumulated batches; the heads' are means of one
             loss = loss - heads * (1 - 1 / self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        store = self._replay.store if self._replay is not None else None
+        if store is not None and "loss" in logs:
+            logs |= {f"reuse_{name}": float(count) for name, count in store.counters().items()}
+        super().log(logs, *args, **kwargs)
+
+    # --- computing the cone alone ---------------------------------------------------------------------------
+
+    def _reusing(self, model: nn.Module) -> AbstractContextManager:
+        own = self.accelerator.unwrap_model(model)
+        if self.reuse == "off" or self._wants_logits or not isinstance(own, InterventionModel):
+            return nullcontext()
+        if not self.reuse_summary:
+            self._replay = self._new_replay(own)
+        return nullcontext() if self._replay is None else own.reusing(self._replay)
+
+    def _new_replay(self, model: InterventionModel) -> Replay | None:
+        """Chooses where activations are kept, says so, and makes sure that nothing comes out differently."""
+        try:
+            replay = Replay(model.get_base_model(), model.tuner.layer)
+        except ValueError as error:
+            self.reuse_summary = f"reuse  nothing: {error}"
+            return None
+        batches = self._sample()
+        self.reuse_summary = describe(replay, batches)
+        if replay.why_plain() is None and batches:
+            difference = replay.differs(model, batches[0])
+            if difference is not None:
+                self.reuse_summary = f"reuse  nothing: {difference}"
+                return None
+            replay.recorder.store, chosen = self._store(Forecast.of(replay, batches))
+            self.reuse_summary += f"\nstore    {chosen}"
+        if self.is_world_process_zero() and not self.args.disable_tqdm:
+            print(self.reuse_summary)
+        return replay
+
+    def _sample(self) -> list[dict[str, Tensor]]:
+        """Some batches of the rows that are trained on, or else evaluated."""
+        rows: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        if isinstance(rows, IterableDataset | dict) or not hasattr(rows, "__getitem__") or not hasattr(rows, "__len__"):
+            return []
+        some = Subset(rows, range(0, len(rows), max(len(rows) // _SAMPLE, 1))[:_SAMPLE])
+        with torch.random.fork_rng():
+            return [self._prepare_inputs(batch) for batch in self.get_eval_dataloader(some)]
+
+    def _store(self, forecast: Forecast) -> tuple[ActivationStore | None, str]:
+        if isinstance(self.reuse, ActivationStore):
+            return self.reuse, "as given"
+        rows = len(self.train_dataset if self.train_dataset is not None else self.eval_dataset)  # type: ignore[arg-type]
+        size = forecast.stored // forecast.rows * rows
+        if self.reuse == "disk":
+            folder = os.path.join(str(self.args.output_dir), "activations")
+            return ActivationStore(folder=folder), f"disk: about {_megabytes(size)} in {folder}"
+        store = ActivationStore()
+        steps = self.args.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        once = 0 < steps <= rows if self.args.max_steps > 0 else self.args.num_train_epochs <= 1
+        about = f"about {_megabytes(size)} of {rows:,} rows, {_megabytes(store.budget)} may be taken"
+        if self.reuse == "auto" and once:
+            return None, "none: every row is seen once"
+        if self.reuse == "auto" and size > store.budget:
+            return None, f"none: {about}; reuse='disk' keeps them in files"
+        return store, f"memory: {about}"
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -118,7 +206,11 @@ class InterventionTrainer(Trainer):
     ) -> tuple[Tensor | None, Any, Any]:
         self.label_names = [name for name in dict.fromkeys(["labels", *self._target_names]) if name in inputs]
         if not self.predict_with_generate or prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            before, self._wants_logits = self._wants_logits, self._wants_logits or not prediction_loss_only
+            try:
+                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            finally:
+                self._wants_logits = before
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         assert isinstance(self.processing_class, PreTrainedTokenizerBase)
@@ -144,3 +236,7 @@ def _columns(dataset: Any) -> list[str] | None:
         return getattr(dataset, "column_names", None)
     row = dataset[0]
     return list(row) if isinstance(row, Mapping) else None
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"

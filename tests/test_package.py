@@ -14,16 +14,17 @@ PACKAGE = Path(rh.__file__).parent
 
 # A module imports only from rows above its own.
 ROWS = [
-    {"sites", "positions", "losses"},
-    {"nodes", "hooks", "blocks"},
+    {"sites", "positions", "losses", "store", "cache", "fingerprint"},
+    {"nodes", "hooks", "blocks", "layout"},
     {"architectures"},
     {"interventions", "steering", "lora", "heads"},
     {"graph"},
     {"output", "plan"},
-    {"run"},
+    {"run", "cone"},
     {"runtime"},
-    {"generate"},
-    {"tuner"},
+    {"generate", "record"},
+    {"tuner", "replay"},
+    {"forecast"},
     {"model"},
     {"data", "presets", "loading"},
     {"chat", "trainer"},

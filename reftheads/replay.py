@@ -1,0 +1,480 @@
+"""Computing only the cone of influence: what no parameter can change is recorded once and replayed.
+
+A batch goes through `Replay` in four steps:
+
+1. its rows are divided into a prefix that no node and no label looks at, and the rest (`divide`);
+2. a `Recorder` gives what the base model computes below and before the cone, from its store or anew;
+3. the rest of the rows goes through the model, the blocks below the cone giving what was recorded, and no further
+   than somebody looks (`_run`);
+4. logits are computed where there is a label, and the losses of the model and of its heads are added.
+
+The result is that of the plain path. Where that cannot be promised, a batch takes the plain path, or leaves out the
+part that cannot; `why_plain`, `why_no_prefix` and `why_no_layers` say why.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import BaseModelOutput
+
+from reftheads.architectures import StackInfo, stacks
+from reftheads.cache import cache_of
+from reftheads.cone import Cone
+from reftheads.fingerprint import content
+from reftheads.layout import Layout, Rows
+from reftheads.losses import IGNORE
+from reftheads.output import extend
+from reftheads.positions import Selection
+from reftheads.record import Done, Recorded, Recorder
+from reftheads.run import Acting, Call, HookKey, Run
+from reftheads.runtime import Interventions
+from reftheads.store import ActivationStore
+
+WORTH = 8  # prefixes are left out where they make at least one in so many of a batch's tokens
+
+OURS = ("labels", "prompt_mask", "num_items_in_batch")
+
+
+class Replay:
+    """Runs a model with intervention graphs on what they can change alone.
+
+    Args:
+        base: the base model, in which graphs are compiled.
+        layer: its interventions.
+        store: where the base model's activations are kept; `None` records them anew for every batch, still without
+            gradient and without keeping what a backward pass would need.
+
+    Raises:
+        ValueError: a model without one stack of blocks that is fed its input.
+    """
+
+    def __init__(self, base: nn.Module, layer: Interventions, store: ActivationStore | None = None):
+        self.base = base
+        self.layer = layer
+        self.seq2seq = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+        self.info = _fed_stack(base, self.seq2seq)
+        self.recorder = Recorder(base, layer, self.info, store)
+        self.stack = self.recorder.stack
+        self.blocks = [base.get_submodule(path) for path in self.info.blocks]
+        self._own = [p for name, p in base.named_parameters() if _is_base(name)]
+        self._random = list(_random_settings(base))
+        self._gives: int | None = None  # elements of the tuple that a block returns; 0: a tensor
+        self._hands_on = "position_bias" in inspect.signature(self.blocks[0].forward).parameters
+
+    @property
+    def store(self) -> ActivationStore | None:
+        """Where activations are kept."""
+        return self.recorder.store
+
+    def differs(self, model: nn.Module, batch: Mapping[str, Any]) -> str | None:
+        """Whether the loss of a batch comes out otherwise than on the plain path, and how; `None` if it does not.
+
+        It does for no architecture that this was tested on; this is for the others. It runs without gradient, without
+        the nodes' dropout, and leaves the random numbers as they were.
+        """
+        modes = [(module, module.training) for module in self.layer.modules()]
+        self.layer.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng(enabled=True):
+                plain = model(**batch)
+                replayed = self(batch)
+        except Exception as error:  # whatever an unknown architecture makes of a pass in two parts
+            return f"this model cannot run in parts ({error})"
+        finally:
+            for module, training in modes:
+                module.training = training
+        if replayed is None or plain.get("loss") is None:
+            return None
+        a, b = float(plain["loss"]), float(replayed["loss"])
+        tolerance = max(
+            1e-4, 4 * max((torch.finfo(p.dtype).eps for p in self._own if p.is_floating_point()), default=0)
+        )
+        if abs(a - b) > tolerance * max(abs(a), 1):
+            return f"the loss would be {b:.6g} instead of {a:.6g}"
+        return None
+
+    # --- what can be reused ---------------------------------------------------------------------------------
+
+    @property
+    def cone(self) -> Cone:
+        """Of the adapters that act now, as far as it can be used."""
+        plans = [self.layer.plans[name] for name in self.layer.active_adapters if name in self.layer.plans]
+        cone = Cone.of([planned for plan in plans for planned in plan.nodes], self.info)
+        if self.why_no_layers(cone) is not None:
+            cone = replace(cone, cut=0, constant=(), inside=(*cone.constant, *cone.inside))
+        return cone
+
+    @property
+    def targets(self) -> set[str]:
+        """The columns of a batch that heads are trained on."""
+        return {name for plan in self.layer.plans.values() for name in plan.targets}
+
+    def why_plain(self) -> str | None:
+        """Why nothing can be reused, in the state that the model is in; `None` if something can."""
+        if self.layer.disable_adapters or self.layer.adapter_names is not None:
+            return "adapters are disabled, or chosen row by row"
+        if any(p.requires_grad for p in self._own):
+            name = next(name for name, p in self.base.named_parameters() if p.requires_grad and _is_base(name))
+            return f"weights of the base model are trained ({name})"
+        active = next((f"{type(m).__name__}.{name}" for m, name in self._random if m.training and getattr(m, name)), "")
+        if active:
+            return f"the base model has dropout in training mode ({active}); load_base(…, dropout=False) has none"
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.base.modules()):
+            return "batch norms in training mode mix the rows of a batch"
+        if getattr(getattr(self.base, "config", None), "output_router_logits", False):
+            return "the loss of a router looks at every token in every block"
+        return None
+
+    def why_no_prefix(self, cone: Cone) -> str | None:
+        """Why all tokens of a row are computed in every step; `None` if a prefix can be left out."""
+        if not self.info.causal or self.seq2seq:
+            return "every token sees all the others"
+        if cone.first is None:
+            return "no edit: all that is kept is what the readers see"
+        first = next((str(p.node.positions) for p in cone.inside if p.node.positions.begins_with_first), None)
+        if first is not None:
+            return f"positions {first!r} begin with the first token"
+        if any(getattr(block, "gradient_checkpointing", False) and block.training for block in self.blocks):
+            return "activation checkpointing goes without a cache"
+        if self.stack is not self.base and self.lm_head is None:
+            return "the model's own loss looks at every token"
+        if _recurrent(getattr(self.stack, "config", None)):
+            return "blocks carry a recurrent state"
+        return None
+
+    def why_no_layers(self, cone: Cone) -> str | None:
+        """Why the blocks below the first edit run in every step; `None` if they need not."""
+        if self._hands_on and (cone.cut or cone.constant):
+            return "blocks hand on more than the hidden state"
+        return None
+
+    @property
+    def lm_head(self) -> nn.Module | None:
+        """The vocabulary projection of a causal language model whose loss is the usual one."""
+        generates = getattr(self.base, "can_generate", None)
+        if self.seq2seq or not callable(generates) or not generates():
+            return None
+        usual = getattr(self.base, "loss_function", None) is ForCausalLMLoss
+        return self.base.get_output_embeddings() if usual else None  # type: ignore[operator]
+
+    # --- one batch ------------------------------------------------------------------------------------------
+
+    def __call__(self, batch: Mapping[str, Any]) -> Any:
+        """The model's output for a batch, with losses and without logits; `None` where it must take the plain path.
+
+        `loss`, `losses` and `head_loss` are those of the plain path, and so is what is read by rules that select a
+        bounded number of tokens. Other rules give the tokens that were computed.
+        """
+        batch = {name: value for name, value in batch.items() if value is not None}
+        if self.why_plain() is not None or not self._understands(batch):
+            return None
+        cone = self.cone
+        rows = self.divide(cone, batch)
+        above = bool(cone.inside) or cone.elsewhere or "labels" in batch
+        recorded = self.recorder.rows(cone, rows, above)
+        run = self._prepare(cone, rows, recorded)
+        targets = {name: batch[name] for name in self.targets & batch.keys()}
+        if not above:
+            return extend(BaseModelOutput(), Call(readings=run.readings).named(), targets)
+        return self._run(cone, rows, recorded, run, batch, targets)
+
+    def _understands(self, batch: Mapping[str, Any]) -> bool:
+        """Whether a batch is one of tokens, row by row, and asks for nothing but losses and predictions."""
+        fed, mask = self._fed(batch), batch.get("attention_mask")
+        ids = fed.get("input_ids")
+        if not isinstance(ids, Tensor) or not ids.numel() or (isinstance(mask, Tensor) and mask.shape != ids.shape):
+            return False
+        rest = batch.keys() - {*fed, *self.targets, *OURS}
+        if rest and not (self.seq2seq and all(name.startswith("decoder_") for name in rest)):
+            return False
+        return all(isinstance(value, Tensor) and len(value) == len(ids) for value in fed.values())
+
+    def _fed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a batch the stack is fed."""
+        names = (self.recorder.arguments & batch.keys()) - {*OURS, *self.targets}
+        return {name: batch[name] for name in sorted(names)}
+
+    # --- 1. dividing the rows -------------------------------------------------------------------------------
+
+    def divide(self, cone: Cone, batch: Mapping[str, Any]) -> Rows:
+        """How little of each row has to be computed."""
+        fed = self._fed(batch)
+        host = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor)}
+        ids = host["input_ids"]
+        real = host["attention_mask"].bool() if "attention_mask" in host else torch.ones_like(ids, dtype=torch.bool)
+        masks = self._masks(cone, host)
+        starts, lengths = real.int().argmax(1), real.sum(1)
+        places = starts.tolist(), lengths.tolist()
+        prefixes = self._prefixes(cone, host, masks, real, starts, lengths) if self._simple(host, real) else None
+        if prefixes is None:
+            rows = [b"".join(_of_row(host[name], real, i) for name in fed) for i in range(len(real))]
+            return Rows(fed, rows, Layout.whole(real), masks, *places, divided=False)
+        rows = [content(row[start : start + length]) for row, start, length in zip(ids, *places, strict=True)]
+        return Rows(fed, rows, Layout.behind(prefixes.tolist(), places[1], places[0]), masks, *places, divided=True)
+
+    def _masks(self, cone: Cone, host: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """By the id of each rule in the stack, what it selects of a batch."""
+        rules = {id(p.node.positions): p.node.positions for p in (*cone.constant, *cone.inside)}
+        call = Call(
+            host.get("labels"), host.get("prompt_mask"), {name: host[name] for name in self.targets & host.keys()}
+        )
+        rows, columns = host["input_ids"].shape
+        with self.layer.calling(call):
+            frame = self.layer.frame(self.info, host, (rows, columns), list(rules.values()))
+        tokens = frame.tokens(torch.empty(rows, columns, 0))
+        return {key: rule.mask(tokens) for key, rule in rules.items()}
+
+    def _simple(self, host: Mapping[str, Tensor], real: Tensor) -> bool:
+        """Whether each row is one run of tokens, whose positions count from its first, and nothing else is fed."""
+        if self._fed(host).keys() - {"input_ids", "attention_mask", "position_ids"} or not bool(real.any(1).all()):
+            return False
+        ranks = real.long().cumsum(1) - 1
+        if bool((real[:, 1:] & ~real[:, :-1] & (ranks[:, 1:] > 0)).any()):
+            return False
+        positions = host.get("position_ids", torch.arange(real.shape[1]).expand_as(real))
+        return positions.shape == real.shape and bool((positions == ranks)[real].all())
+
+    def _prefixes(
+        self,
+        cone: Cone,
+        host: Mapping[str, Tensor],
+        masks: Mapping[int, Tensor],
+        real: Tensor,
+        starts: Tensor,
+        lengths: Tensor,
+    ) -> Tensor | None:
+        """How many tokens of each row come before all that a node or a label looks at; `None`: too few."""
+        if self.why_no_prefix(cone) is not None:
+            return None
+        looked_at = [masks[id(p.node.positions)] for p in cone.inside]
+        if "labels" in host:
+            looked_at.append(_shifted(host["labels"]) != IGNORE)
+        needed = torch.stack(looked_at).any(0)
+        first = torch.where(needed.any(1), needed.int().argmax(1), real.shape[1])
+        prefixes = (first - starts).clamp(min=0).minimum(lengths - 1)
+        return prefixes if int(prefixes.sum()) * WORTH >= int(lengths.sum()) else None
+
+    # --- 3. the part that the graph can change --------------------------------------------------------------
+
+    def _prepare(self, cone: Cone, rows: Rows, recorded: Recorded) -> Run:
+        """The run of the nodes inside the cone, in which the constant readers have read already."""
+        acting: dict[HookKey, list[Acting]] = {}
+        constant: list[Acting] = []
+        for act in self.layer.acting(list(self.layer.nodes_of(self.info.path))):
+            if act.planned in recorded.read:
+                constant.append(act)
+            else:
+                acting.setdefault((act.planned.address.module, act.planned.address.side), []).append(act)
+        layout = rows.layout
+        masks = {rule: layout.pick(mask) & layout.real for rule, mask in rows.masks.items()}
+        shape = (layout.real.shape[0], layout.real.shape[1])
+        run = Run(self.layer.frame(self.info, {}, None, []), acting, shape, masks=masks)
+        for act in constant:
+            self._read(run, act, rows, recorded.read[act.planned])
+        return run
+
+    def _read(self, run: Run, act: Acting, rows: Rows, seen: Sequence[Tensor]) -> None:
+        rule = act.planned.node.positions
+        mask = rows.masks[id(rule)].to(seen[0].device)
+        selection = Selection() if bool(mask.all()) and rule.bound is None else rule.pick(mask)
+        if selection is None:
+            return
+        if selection.columns is None:
+            h = seen[0].new_zeros((*mask.shape, seen[0].shape[-1]))
+            h[mask] = torch.cat(list(seen))
+        else:
+            h = pad_sequence(list(seen), batch_first=True)
+            h = F.pad(h, (0, 0, 0, selection.columns.shape[1] - h.shape[1]))
+        self.layer.read(run, act, h, selection, mask.shape[1])
+
+    def _run(
+        self, cone: Cone, rows: Rows, recorded: Recorded, run: Run, batch: dict[str, Any], targets: dict[str, Tensor]
+    ) -> Any:
+        labels = batch.get("labels")
+        inputs = {name: value for name, value in batch.items() if name not in {*OURS, *targets}}
+        if rows.divided:
+            by_token = {name: t for name, t in targets.items() if t.shape == batch["input_ids"].shape}
+            targets = targets | {name: rows.layout.pick(t) for name, t in by_token.items()}
+            inputs: dict[str, Any] = self.recorder.inputs(rows.layout.pick(batch["input_ids"]), rows.layout)
+            past, room = rows.layout.past, rows.layout.real.shape[1]
+            inputs |= {"past_key_values": cache_of(recorded.past, past, room, len(self.blocks)), "use_cache": True}
+        with ExitStack() as within:
+            if recorded.hidden is not None:
+                within.enter_context(self._skipping(cone.cut, _laid_out(recorded.hidden, rows), inputs))
+            within.enter_context(self.layer.running({self.info.path: run}))
+            if labels is None and not cone.elsewhere:
+                within.enter_context(self._stopping(cone, run))
+                inputs = {name: value for name, value in inputs.items() if name in self.recorder.arguments}
+                try:
+                    self.stack(**inputs)
+                except Done:
+                    pass
+                return extend(BaseModelOutput(), Call(readings=run.readings).named(), targets)
+            given = {name: batch[name] for name in OURS if name in batch}
+            if labels is None or self.lm_head is None:
+                return self.base(**inputs, **targets, **given)
+            return self._with_label_rows(self.lm_head, rows, inputs, targets, **given)
+
+    @contextmanager
+    def _skipping(self, cut: int, hidden: Tensor, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Within, the first `cut` blocks give `hidden` and compute nothing."""
+        given = _Given(hidden, self._block_gives(inputs))
+        skipped = self.blocks[:cut]
+        before = [block.__dict__.get("forward") for block in skipped]
+        for block in skipped:
+            block.forward = given
+        try:
+            yield
+        finally:
+            for block, forward in zip(skipped, before, strict=True):
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
+
+    def _block_gives(self, inputs: Mapping[str, Any]) -> int:
+        """How many elements the tuple has that a block returns; 0 for a tensor. One row is enough to see."""
+        if self._gives is None:
+            row = {name: value[:1] for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+            row["attention_mask"] = torch.ones_like(row["input_ids"])
+            handle = self.blocks[0].register_forward_hook(self._see, prepend=True)
+            try:
+                with torch.no_grad(), self.layer.silent():
+                    self.stack(**row)
+            except Done:
+                pass
+            finally:
+                handle.remove()
+        assert self._gives is not None
+        return self._gives
+
+    def _see(self, block: nn.Module, args: Any, output: Any) -> None:
+        self._gives = len(output) if isinstance(output, tuple) else 0
+        raise Done
+
+    @contextmanager
+    def _stopping(self, cone: Cone, run: Run) -> Iterator[None]:
+        """Within, a pass ends when every reader has read."""
+        readers = [planned.address for planned in cone.inside if not planned.edits]
+        stop = partial(_stop, run, len(run.readings) + len(readers))
+        with ExitStack() as on_exit:
+            for address in readers:
+                module = self.base.get_submodule(address.module)
+                hook = module.register_forward_pre_hook if address.side == "input" else module.register_forward_hook
+                on_exit.callback(hook(stop).remove)
+            yield
+
+    # --- 4. the losses --------------------------------------------------------------------------------------
+
+    def _with_label_rows(
+        self,
+        lm_head: nn.Module,
+        rows: Rows,
+        inputs: Mapping[str, Any],
+        targets: Mapping[str, Tensor],
+        labels: Tensor,
+        prompt_mask: Tensor | None = None,
+        **loss_options: Any,
+    ) -> Any:
+        """The model's output with its loss, logits being computed where there is a label alone."""
+        shifted = rows.layout.pick(_shifted(labels)).flatten()
+        where = (shifted != IGNORE).nonzero()[:, 0]
+        handle = lm_head.register_forward_pre_hook(partial(_only, where))
+        try:
+            out = self.base(**inputs, **targets)
+        finally:
+            handle.remove()
+        loss = self.base.loss_function(  # type: ignore[operator]
+            logits=out.logits,
+            labels=None,
+            vocab_size=out.logits.shape[-1],
+            shift_labels=shifted[where],
+            **loss_options,
+        )
+        values = {f.name: getattr(out, f.name) for f in fields(out)}
+        heads = values.get("head_loss")
+        values |= {"loss": loss if heads is None else loss + heads, "logits": None, "past_key_values": None}
+        return type(out)(**values)
+
+
+class _Given:
+    """A block's forward that gives what the block is known to give."""
+
+    def __init__(self, hidden: Tensor, elements: int):
+        self.output = (hidden, *[None] * (elements - 1)) if elements else hidden
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+
+def _stop(run: Run, readings: int, *args: Any) -> None:
+    if len(run.readings) == readings:
+        raise Done
+
+
+def _only(where: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    return (args[0].flatten(0, 1)[where.to(args[0].device)][None],)
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    """The label that each column predicts."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def _laid_out(hidden: list[Tensor], rows: Rows) -> Tensor:
+    """[tokens width] of each row -> [rows computed width]; what fills up the rows is zero."""
+    if rows.divided:
+        return pad_sequence(hidden, batch_first=True)
+    real = rows.layout.real.to(hidden[0].device)
+    out = hidden[0].new_zeros((*real.shape, hidden[0].shape[-1]))
+    out[real] = torch.cat(hidden)
+    return out
+
+
+def _of_row(value: Tensor, real: Tensor, i: int) -> bytes:
+    """The content of one row, without its padding; with where its tokens stand, if that is not at the beginning."""
+    if value.shape != real.shape:
+        return content(value[i])
+    first = real[i].nonzero()[:, 0]
+    at_beginning = len(first) == 0 or int(first[-1]) == len(first) - 1
+    return content(value[i][real[i]]) + (b"" if at_beginning else content(first))
+
+
+def _fed_stack(base: nn.Module, seq2seq: bool) -> StackInfo:
+    fed = [stack for stack in stacks(base) if not seq2seq or stack.role == "encoder"]
+    if len(fed) != 1:
+        raise ValueError(f"activations can be reused in models with one stack of blocks that is fed, not {len(fed)}")
+    return fed[0]
+
+
+def _recurrent(config: Any) -> bool:
+    kinds = getattr(config, "layer_types", None) or ()
+    return any("attention" not in kind or "linear" in kind for kind in kinds)
+
+
+def _is_base(name: str) -> bool:
+    return not name.startswith("interventions.")
+
+
+def _random_settings(base: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Where modules keep the probability of something random that they do in training mode."""
+    for path, module in base.named_modules():
+        if _is_base(f"{path}."):
+            for name, value in vars(module).items():
+                named = (
+                    "drop" in name
+                    or "jitter" in name
+                    or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
+                )
+                if named and isinstance(value, float):
+                    yield module, name
