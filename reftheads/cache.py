@@ -82,6 +82,14 @@ def cache_of(
     return cache
 
 
+def growing(rows: Sequence[Sequence[Piece]], past: int) -> DynamicCache:
+    """A cache as `generate` wants it: of all blocks, each row's pieces padded at the left to `past` columns."""
+    cache = DynamicCache()
+    for block, layer in enumerate(cache_of(rows, past, 0, max(len(p.keys) for pieces in rows for p in pieces)).layers):
+        cache.update(layer.keys, layer.values, block)  # type: ignore[union-attr]
+    return cache
+
+
 def _columns(rows: Sequence[Sequence[Tensor]], past: int, room: int) -> Tensor:
     """[heads tokens width] pieces of rows -> [rows heads past+room width], the room as it comes."""
     one = next(piece for pieces in rows for piece in pieces)

@@ -54,6 +54,11 @@ class Cone:
         )
 
     @property
+    def nodes(self) -> tuple[PlannedNode, ...]:
+        """All of the stack."""
+        return (*self.constant, *self.inside)
+
+    @property
     def deepest_constant(self) -> int:
         """How many blocks must run for the constant readers."""
         return max((_blocks_for(planned, self.stack) for planned in self.constant), default=0)

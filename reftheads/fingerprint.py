@@ -25,30 +25,41 @@ def content(tensor: Tensor) -> bytes:
 
 
 class Fingerprint:
-    """A hash of a base model's weights and settings, made anew when a weight has changed in place."""
+    """A hash of a base model's weights and settings, made anew when a weight was changed in place or replaced.
+
+    What is written past autograd, through `.data`, is not noticed.
+    """
 
     def __init__(self, base: nn.Module):
         self.base = base
-        self._version: tuple[Any, ...] | None = None
+        self._places: list[tuple[dict[str, Any], str]] = []  # walking through the modules takes milliseconds
+        self._state: list[tuple[Tensor, int]] = []
         self._value = ""
 
-    @property
-    def tensors(self) -> list[tuple[str, Tensor]]:
-        """The base model's own parameters and buffers, those of a compiled graph left out."""
-        every = [*self.base.named_parameters(), *self.base.named_buffers()]
-        return [(name, tensor) for name, tensor in every if not name.startswith("interventions.")]
-
     def __str__(self) -> str:
-        tensors = self.tensors
-        version = tuple((id(tensor), tensor._version, tensor.data_ptr()) for _, tensor in tensors)
-        if version != self._version:
+        if not self._value or self._changed():
+            own = [module for path, module in self.base.named_modules() if path.split(".")[0] != "interventions"]
+            self._places = [
+                (tensors, name)
+                for module in own
+                for tensors in (module._parameters, module._buffers)
+                for name, tensor in tensors.items()
+                if tensor is not None
+            ]
+            self._state = [(tensors[name], tensors[name]._version) for tensors, name in self._places]
             parts: list[str | int | bytes] = [type(self.base).__name__, _settings(self.base)]
-            for name, tensor in tensors:
+            for (_, name), (tensor, _) in zip(self._places, self._state, strict=True):
                 parts += [name, str(tensor.dtype), str(tuple(tensor.shape)), content(tensor)]
                 absmax = getattr(getattr(tensor, "quant_state", None), "absmax", None)  # 4-bit weights lack their scale
                 parts += [] if absmax is None else [content(absmax)]
-            self._value, self._version = digest(*parts), version
+            self._value = digest(*parts)
         return self._value
+
+    def _changed(self) -> bool:
+        return any(
+            tensors.get(name) is not tensor or tensor._version != version
+            for (tensors, name), (tensor, version) in zip(self._places, self._state, strict=True)
+        )
 
 
 def _settings(base: nn.Module) -> str:

@@ -42,6 +42,13 @@ The intervention graph:
 """
 
 
+# arguments of `generate` by which it does not begin with the prompt's tokens and a cache that grows
+_OTHER_WAYS = frozenset(
+    "inputs inputs_embeds past_key_values use_cache cache_implementation assistant_model prompt_lookup_num_tokens "
+    "adapter_names prompt_mask position_ids".split()
+)
+
+
 class InterventionModel(PeftModel):
     """A base model with an intervention graph: `InterventionModel(base, graph)`.
 
@@ -82,6 +89,16 @@ class InterventionModel(PeftModel):
             if output is not None:
                 return output
         return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's; within `reusing`, the keys and values of what no node looks at come from the store."""
+        asked = {name: value for name, value in kwargs.items() if value is not None}
+        if self._replay is not None and not args and not asked.keys() & _OTHER_WAYS and "input_ids" in asked:
+            config = asked.get("generation_config") or getattr(self.get_base_model(), "generation_config", None)
+            copies = max(asked.get(n, getattr(config, n, None) or 1) for n in ("num_beams", "num_return_sequences"))
+            cache = self._replay.prefill(asked["input_ids"], asked.get("attention_mask")) if copies == 1 else None
+            kwargs |= {} if cache is None else {"past_key_values": cache}
+        return super().generate(*args, **kwargs)
 
     @contextmanager
     def reusing(self, replay: Replay | ActivationStore | None = None) -> Iterator[Replay]:

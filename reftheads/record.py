@@ -120,6 +120,22 @@ class Recorder:
         seen = {place: [entry["h"] for entry in entries if entry is not None] for place, entries in found.items()}
         return Recorded(seen.pop(None, None), seen, [pieces or [] for pieces in past])  # type: ignore[arg-type]
 
+    def prefixes(self, tokens: Sequence[Tensor]) -> list[list[Piece]]:
+        """The keys and values of all tokens of some rows, in all blocks."""
+        settings = self._settings()
+        ids = [content(row) for row in tokens]
+        past = [self._prefix(settings, key, len(row), 0) for key, row in zip(ids, tokens, strict=True)]
+        missing = [i for i, pieces in enumerate(past) if pieces is None]
+        if missing:
+            known = [self._longest(settings, ids[i], len(tokens[i])) for i in missing]
+            start = [sum(map(len, pieces)) for pieces in known]
+            new, _ = self._pass(None, [tokens[i][c:] for i, c in zip(missing, start, strict=True)], known, set())
+            keys = [self._prefix_key(settings, ids[i], len(tokens[i])) for i in missing]
+            self._put({key: _entry(piece, c) for key, c, piece in zip(keys, start, new, strict=True) if len(piece)})
+            for i, old, piece in zip(missing, known, new, strict=True):
+                past[i] = [*old, piece] if len(piece) else old
+        return [pieces or [] for pieces in past]
+
     def _settings(self) -> str:
         device = next((p.device.type for p in self.base.parameters()), "cpu")
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -29,19 +29,21 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutput
 
 from reftheads.architectures import StackInfo, stacks
-from reftheads.cache import cache_of
+from reftheads.cache import cache_of, growing
 from reftheads.cone import Cone
 from reftheads.fingerprint import content
 from reftheads.layout import Layout, Rows
 from reftheads.losses import IGNORE
 from reftheads.output import extend
-from reftheads.positions import Selection
+from reftheads.positions import Selection, Tokens
 from reftheads.record import Done, Recorded, Recorder
 from reftheads.run import Acting, Call, HookKey, Run
 from reftheads.runtime import Interventions
 from reftheads.store import ActivationStore
 
 WORTH = 8  # prefixes are left out where they make at least one in so many of a batch's tokens
+
+_NO_EDIT = "no edit: all that is kept is what the readers see"
 
 OURS = ("labels", "prompt_mask", "num_items_in_batch")
 
@@ -141,7 +143,7 @@ class Replay:
         if not self.info.causal or self.seq2seq:
             return "every token sees all the others"
         if cone.first is None:
-            return "no edit: all that is kept is what the readers see"
+            return _NO_EDIT
         first = next((str(p.node.positions) for p in cone.inside if p.node.positions.begins_with_first), None)
         if first is not None:
             return f"positions {first!r} begin with the first token"
@@ -188,6 +190,25 @@ class Replay:
         if not above:
             return extend(BaseModelOutput(), Call(readings=run.readings).named(), targets)
         return self._run(cone, rows, recorded, run, batch, targets)
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        """A cache of the columns before the first that a node looks at, to begin `generate` with; `None`: none can be.
+
+        Args:
+            input_ids, attention_mask: [rows columns], prompts padded at the left.
+        """
+        cone = self.cone
+        if self.why_plain() is not None or self.why_no_prefix(cone) not in (None, _NO_EDIT):
+            return None
+        ids = input_ids.cpu()
+        real = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
+        if real.shape != ids.shape or bool((real[:, 1:] < real[:, :-1]).any()):
+            return None
+        tokens = Tokens.of((ids.shape[0], ids.shape[1]), 0, real, None, ids)
+        needed = torch.stack([planned.node.positions.mask(tokens) for planned in cone.nodes]).any(0).any(0)
+        past = int(torch.cat([needed.int()[:-1], needed.new_ones(1).int()]).argmax())
+        rows = [row[mask[:past].bool()] for row, mask in zip(input_ids[:, :past], real, strict=True)]
+        return growing(self.recorder.prefixes(rows), past) if any(map(len, rows)) else None
 
     def _understands(self, batch: Mapping[str, Any]) -> bool:
         """Whether a batch is one of tokens, row by row, and asks for nothing but losses and predictions."""

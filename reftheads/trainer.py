@@ -222,7 +222,7 @@ class InterventionTrainer(Trainer):
             else prompts_only(inputs, pad)  # type: ignore[arg-type]
         )
         generate = self.accelerator.unwrap_model(model).generate
-        with torch.no_grad():
+        with torch.no_grad(), self._reusing(model):
             ids = generate(**prompts, pad_token_id=pad, **self.generation_kwargs)  # type: ignore[operator]
         new = ids if seq2seq else ids[:, prompts["input_ids"].shape[1] :]
         ends = (new == self.processing_class.eos_token_id).long()
