@@ -1,5 +1,6 @@
 """Finetuning language models by intervening on their representations, and heads for them."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from reftheads.chat import chat, reply
@@ -16,25 +17,28 @@ from reftheads.plan import compile_graph
 from reftheads.positions import Positions, Tokens
 from reftheads.sites import Site
 from reftheads.steering import Ablate, Collect, Gated, Replace, Steering
+from reftheads.store import ActivationStore
 from reftheads.tuner import InterventionConfig
 
 if TYPE_CHECKING:
+    from reftheads.sweeps import Trial, sweep
     from reftheads.trainer import InterventionTrainer
 
 __version__ = "0.1.0"
 
+_LATE = {"InterventionTrainer": "reftheads.trainer", "Trial": "reftheads.sweeps", "sweep": "reftheads.sweeps"}
+
 __all__ = [
-    "Ablate", "Collator", "Collect", "ConsReFT", "Context", "DiReFT", "Edit", "Gated", "Head", "InterventionConfig",
-    "InterventionGraph", "InterventionModel", "InterventionTrainer", "LinearHead", "LoRA", "LoReFT", "LobiReFT",
-    "LowRank", "NoDiReFT", "NoReFT", "Node", "Positions", "Reader", "Replace", "ScaleAndBias", "Shape", "Site",
-    "Steering", "Tokens", "chat", "compile_graph", "encode_chat", "encode_pairs", "load_base", "losses", "reply",
+    "Ablate", "ActivationStore", "Collator", "Collect", "ConsReFT", "Context", "DiReFT", "Edit", "Gated", "Head",
+    "InterventionConfig", "InterventionGraph", "InterventionModel", "InterventionTrainer", "LinearHead", "LoRA",
+    "LoReFT", "LobiReFT", "LowRank", "NoDiReFT", "NoReFT", "Node", "Positions", "Reader", "Replace", "ScaleAndBias",
+    "Shape", "Site", "Steering", "Tokens", "Trial", "chat", "compile_graph", "encode_chat", "encode_pairs",
+    "load_base", "losses", "reply", "sweep",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     # transformers' Trainer takes longer to import than all the rest together, and inference needs none
-    if name == "InterventionTrainer":
-        from reftheads.trainer import InterventionTrainer
-
-        return InterventionTrainer
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -85,7 +85,9 @@ class InterventionModel(PeftModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's output with what was read; see `reusing` for how less of it is computed."""
         if self._replay is not None and not args:
-            output = self._replay(kwargs)
+            asked = {name: value for name, value in kwargs.items() if name != "adapter_names"}
+            with self.tuner.layer.rows_by_adapter(kwargs.get("adapter_names")):
+                output = self._replay(asked)
             if output is not None:
                 return output
         return super().forward(*args, **kwargs)

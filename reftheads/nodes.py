@@ -312,6 +312,14 @@ def _concrete(cls: type) -> list[type]:
     return found + [c for sub in cls.__subclasses__() for c in _concrete(sub)]
 
 
+def apply(intervention: Intervention, p: Params, h: Tensor, context: Context) -> Tensor:
+    """Edits or reads `h` with parameters and what was derived from them."""
+    if isinstance(intervention, Edit):
+        return intervention.edit(p, h, context)
+    assert isinstance(intervention, Reader)
+    return intervention.read(p, h.detach() if intervention.detach else h, context)
+
+
 class NodeModule(nn.Module):
     """The parameters of one node (or of all nodes that share them).
 
@@ -344,14 +352,10 @@ class NodeModule(nn.Module):
 
     def forward(self, p: Params | None, tensors: Tensor, context: Context) -> Tensor:
         """Edits or reads `tensors` with the derived parameters `p` (`None`: derive them here)."""
-        intervention = self.intervention
         if p is None:
             stored = self.stored()
-            p = {**stored, **intervention.derive(stored)}
-        if isinstance(intervention, Edit):
-            return intervention.edit(p, tensors, context)
-        assert isinstance(intervention, Reader)
-        return intervention.read(p, tensors.detach() if intervention.detach else tensors, context)
+            p = {**stored, **self.intervention.derive(stored)}
+        return apply(self.intervention, p, tensors, context)
 
     def assign(self, **letters: Any) -> None:
         """Sets parameters by the names or letters of the paper: `node.assign(R=…, W=…, b=…)`.

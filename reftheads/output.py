@@ -14,7 +14,7 @@ from reftheads.nodes import Head, Reader
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Shaped
 
-FIELDS = ("predictions", "losses", "collected", "selected", "head_loss")
+FIELDS = ("predictions", "losses", "collected", "selected", "head_loss", "adapter_loss")
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,17 @@ def extend(output: Any, readings: dict[str, Reading], targets: dict[str, Tensor]
         total = sum(reading.reader.weight * losses[name] for name, reading in readings.items() if name in losses)  # type: ignore[union-attr]
         loss = values.get("loss")
         values["loss"] = total if loss is None else loss + total
-    extra = (predictions, losses, collected, {name: reading.valid for name, reading in readings.items()}, total)
-    cls = _extended(type(output))
-    return cls(**values, **{name: None if value == {} else value for name, value in zip(FIELDS, extra, strict=True)})
+    selected = {name: reading.valid for name, reading in readings.items()}
+    extra = {"predictions": predictions, "losses": losses, "collected": collected, "selected": selected}
+    values |= {name: value or None for name, value in extra.items()}
+    return _extended(type(output))(**values, head_loss=total)
+
+
+def replaced(output: ModelOutput, **values: Any) -> ModelOutput:
+    """The same output with other values in some fields, also in those that `extend` knows."""
+    known = {f.name: getattr(output, f.name) for f in fields(output)}  # type: ignore[arg-type]
+    cls = type(output) if values.keys() <= known.keys() else _extended(type(output))
+    return cls(**known | values)
 
 
 def _loss(name: str, reading: Reading, target: Shaped[Tensor, "batch ..."]) -> Float[Tensor, ""]:

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import takewhile
 from typing import Any
 
@@ -80,11 +80,23 @@ class Recorder:
         self.fingerprint = Fingerprint(base)
 
     def rows(self, cone: Cone, rows: Rows, above: bool) -> Recorded:
-        """Everything of `rows` that is needed below and before the cone.
+        """Everything of `rows` that is needed below and before the cone; rows that are alike are computed once.
 
         Args:
             above: whether anything runs above `cone.cut`, so that its hidden states are needed.
         """
+        selected = zip(*(map(content, rows.selected(reader.node.positions)) for reader in cone.constant), strict=True)
+        alike = list(zip(rows.ids, rows.layout.prefixes, selected if cone.constant else rows.ids, strict=True))
+        unique = {row: j for j, row in enumerate(dict.fromkeys(alike))}
+        if len(unique) == len(alike):
+            return self._rows(cone, rows, above)
+        one = self._rows(cone, rows.of([alike.index(row) for row in unique]), above)
+        index = [unique[row] for row in alike]
+        hidden = None if one.hidden is None else [one.hidden[j] for j in index]
+        read = {reader: [seen[j] for j in index] for reader, seen in one.read.items()}
+        return Recorded(hidden, read, [one.past[j] for j in index])
+
+    def _rows(self, cone: Cone, rows: Rows, above: bool) -> Recorded:
         settings = self._settings()
         keys: dict[Place, list[str]] = {}
         if above and cone.cut:
@@ -136,13 +148,34 @@ class Recorder:
                 past[i] = [*old, piece] if len(piece) else old
         return [pieces or [] for pieces in past]
 
+    @cached_property
+    def keeps_pieces(self) -> bool:
+        """Whether all blocks keep keys and values of one shape for a token; one token shows it."""
+        ids = torch.zeros(1, 1, dtype=torch.long, device=next(self.stack.parameters()).device)
+        cache = cache_of([[]], 0, 1, len(self.blocks))
+        self._run(None, _Capture({"filled"}), self.inputs(ids, Layout.behind([0], [1], [0])), cache)
+        try:
+            pieces_of(cache, 0, [1], 0)
+        except ValueError:
+            return False
+        return True
+
     def _settings(self) -> str:
-        device = next((p.device.type for p in self.base.parameters()), "cpu")
+        device = self.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return digest(str(self.fingerprint), str(autocast))
 
     def _get(self, key: str) -> Entry | None:
-        return None if self.store is None else self.store.get(key)
+        entry = None if self.store is None else self.store.get(key)
+        if entry is None:
+            return None
+        # numbers are for the host; a store may keep the rest elsewhere
+        return {name: t.to(self.device, non_blocking=True) if t.ndim else t for name, t in entry.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stack runs."""
+        return next((p.device for p in self.stack.parameters()), torch.device("cpu"))
 
     def _put(self, entries: Mapping[str, Any]) -> None:
         if self.store is not None and entries:

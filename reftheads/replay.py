@@ -15,15 +15,17 @@ part that cannot; `why_plain`, `why_no_prefix` and `why_no_layers` say why.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutput
@@ -34,7 +36,8 @@ from reftheads.cone import Cone
 from reftheads.fingerprint import content
 from reftheads.layout import Layout, Rows
 from reftheads.losses import IGNORE
-from reftheads.output import extend
+from reftheads.output import extend, replaced
+from reftheads.plan import Plan
 from reftheads.positions import Selection, Tokens
 from reftheads.record import Done, Recorded, Recorder
 from reftheads.run import Acting, Call, HookKey, Run
@@ -44,6 +47,8 @@ from reftheads.store import ActivationStore
 WORTH = 8  # prefixes are left out where they make at least one in so many of a batch's tokens
 
 _NO_EDIT = "no edit: all that is kept is what the readers see"
+
+HANDED_ON = {"position_bias", "shared_kv_states"}  # what blocks take that earlier ones have computed
 
 OURS = ("labels", "prompt_mask", "num_items_in_batch")
 
@@ -71,8 +76,9 @@ class Replay:
         self.blocks = [base.get_submodule(path) for path in self.info.blocks]
         self._own = [p for name, p in base.named_parameters() if _is_base(name)]
         self._random = list(_random_settings(base))
+        self._cone: tuple[list[Plan], Cone] | None = None
         self._gives: int | None = None  # elements of the tuple that a block returns; 0: a tensor
-        self._hands_on = "position_bias" in inspect.signature(self.blocks[0].forward).parameters
+        self._hands_on = bool(HANDED_ON & inspect.signature(self.blocks[0].forward).parameters.keys())
 
     @property
     def store(self) -> ActivationStore | None:
@@ -111,11 +117,18 @@ class Replay:
     @property
     def cone(self) -> Cone:
         """Of the adapters that act now, as far as it can be used."""
-        plans = [self.layer.plans[name] for name in self.layer.active_adapters if name in self.layer.plans]
-        cone = Cone.of([planned for plan in plans for planned in plan.nodes], self.info)
-        if self.why_no_layers(cone) is not None:
-            cone = replace(cone, cut=0, constant=(), inside=(*cone.constant, *cone.inside))
-        return cone
+        plans = self._plans
+        if self._cone is None or len(plans) != len(self._cone[0]) or any(map(operator.is_not, plans, self._cone[0])):
+            cone = Cone.of([planned for plan in plans for planned in plan.nodes], self.info)
+            if self.why_no_layers(cone) is not None:
+                cone = replace(cone, cut=0, constant=(), inside=cone.nodes)
+            self._cone = plans, cone
+        return self._cone[1]
+
+    @property
+    def _plans(self) -> list[Plan]:
+        names = dict.fromkeys(self.layer.adapter_names or self.layer.active_adapters)
+        return [self.layer.plans[name] for name in names if name in self.layer.plans]
 
     @property
     def targets(self) -> set[str]:
@@ -124,8 +137,10 @@ class Replay:
 
     def why_plain(self) -> str | None:
         """Why nothing can be reused, in the state that the model is in; `None` if something can."""
-        if self.layer.disable_adapters or self.layer.adapter_names is not None:
-            return "adapters are disabled, or chosen row by row"
+        if self.layer.disable_adapters:
+            return "adapters are disabled"
+        if any(p.is_meta or hasattr(p, "ds_id") or isinstance(p, DTensor) for p in self._own[:1]):
+            return "the weights of the base model are spread over processes or kept elsewhere"
         if any(p.requires_grad for p in self._own):
             name = next(name for name, p in self.base.named_parameters() if p.requires_grad and _is_base(name))
             return f"weights of the base model are trained ({name})"
@@ -153,6 +168,8 @@ class Replay:
             return "the model's own loss looks at every token"
         if _recurrent(getattr(self.stack, "config", None)):
             return "blocks carry a recurrent state"
+        if not self.recorder.keeps_pieces:
+            return "blocks do not keep keys and values of one shape"
         return None
 
     def why_no_layers(self, cone: Cone) -> str | None:
@@ -219,7 +236,20 @@ class Replay:
         rest = batch.keys() - {*fed, *self.targets, *OURS}
         if rest and not (self.seq2seq and all(name.startswith("decoder_") for name in rest)):
             return False
+        if self._judges_padding(batch.get("labels"), mask):
+            return False
         return all(isinstance(value, Tensor) and len(value) == len(ids) for value in fed.values())
+
+    def _judges_padding(self, labels: Tensor | None, mask: Tensor | None) -> bool:
+        """Whether the model's own loss looks at what it computes of padding."""
+        if self.seq2seq or labels is None or mask is None:
+            return False
+        if labels.shape != mask.shape:
+            return not self.info.causal and not bool(mask[:, 0].all())  # what classifies a row is its first column
+        judged = _shifted(labels) != IGNORE
+        if self.lm_head is None:
+            judged = judged | (labels != IGNORE)
+        return bool((judged & (mask == 0)).any())
 
     def _fed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of a batch the stack is fed."""
@@ -239,9 +269,9 @@ class Replay:
         places = starts.tolist(), lengths.tolist()
         prefixes = self._prefixes(cone, host, masks, real, starts, lengths) if self._simple(host, real) else None
         if prefixes is None:
-            rows = [b"".join(_of_row(host[name], real, i) for name in fed) for i in range(len(real))]
+            rows = [b"".join(name.encode() + _of_row(host[name], real, i) for name in fed) for i in range(len(real))]
             return Rows(fed, rows, Layout.whole(real), masks, *places, divided=False)
-        rows = [content(row[start : start + length]) for row, start, length in zip(ids, *places, strict=True)]
+        rows = [content(row[start : start + length].long()) for row, start, length in zip(ids, *places, strict=True)]
         return Rows(fed, rows, Layout.behind(prefixes.tolist(), places[1], places[0]), masks, *places, divided=True)
 
     def _masks(self, cone: Cone, host: Mapping[str, Tensor]) -> dict[int, Tensor]:
@@ -276,15 +306,23 @@ class Replay:
         lengths: Tensor,
     ) -> Tensor | None:
         """How many tokens of each row come before all that a node or a label looks at; `None`: too few."""
-        if self.why_no_prefix(cone) is not None:
+        if self.why_no_prefix(cone) is not None or self._by_columns(cone, host):
             return None
         looked_at = [masks[id(p.node.positions)] for p in cone.inside]
         if "labels" in host:
             looked_at.append(_shifted(host["labels"]) != IGNORE)
         needed = torch.stack(looked_at).any(0)
         first = torch.where(needed.any(1), needed.int().argmax(1), real.shape[1])
-        prefixes = (first - starts).clamp(min=0).minimum(lengths - 1)
+        slots = [p.node.positions.bound or 0 for p in cone.inside if not p.edits]
+        room = max((n + 1 for n in slots if n > 1), default=1)  # else slots would be columns, see `Positions.pick`
+        prefixes = (first - starts).minimum(lengths - room).clamp(min=0)
         return prefixes if int(prefixes.sum()) * WORTH >= int(lengths.sum()) else None
+
+    def _by_columns(self, cone: Cone, host: Mapping[str, Tensor]) -> bool:
+        """Whether what a constant reader reads of several tokens a row meets what is computed of the batch, or targets."""
+        sources = {planned.node.source for planned in cone.inside}
+        several = [planned.node for planned in cone.constant if planned.node.positions.bound != 1]
+        return any(node.name in sources or getattr(node.intervention, "target", None) in host for node in several)
 
     # --- 3. the part that the graph can change --------------------------------------------------------------
 
@@ -292,7 +330,7 @@ class Replay:
         """The run of the nodes inside the cone, in which the constant readers have read already."""
         acting: dict[HookKey, list[Acting]] = {}
         constant: list[Acting] = []
-        for act in self.layer.acting(list(self.layer.nodes_of(self.info.path))):
+        for act in self.layer.acting(list(self.layer.nodes_of(self.info.path)), rows.layout.columns):
             if act.planned in recorded.read:
                 constant.append(act)
             else:
@@ -311,6 +349,8 @@ class Replay:
         selection = Selection() if bool(mask.all()) and rule.bound is None else rule.pick(mask)
         if selection is None:
             return
+        if act.rows is not None:
+            selection = selection.rows(act.rows.to(mask.device), mask.shape[1])
         if selection.columns is None:
             h = seen[0].new_zeros((*mask.shape, seen[0].shape[-1]))
             h[mask] = torch.cat(list(seen))
@@ -408,24 +448,34 @@ class Replay:
         **loss_options: Any,
     ) -> Any:
         """The model's output with its loss, logits being computed where there is a label alone."""
-        shifted = rows.layout.pick(_shifted(labels)).flatten()
+        layout = rows.layout
+        shifted = layout.pick(_shifted(labels)).masked_fill(~layout.real.to(labels.device), IGNORE).flatten()
         where = (shifted != IGNORE).nonzero()[:, 0]
         handle = lm_head.register_forward_pre_hook(partial(_only, where))
         try:
             out = self.base(**inputs, **targets)
         finally:
             handle.remove()
-        loss = self.base.loss_function(  # type: ignore[operator]
-            logits=out.logits,
-            labels=None,
-            vocab_size=out.logits.shape[-1],
-            shift_labels=shifted[where],
-            **loss_options,
-        )
-        values = {f.name: getattr(out, f.name) for f in fields(out)}
-        heads = values.get("head_loss")
-        values |= {"loss": loss if heads is None else loss + heads, "logits": None, "past_key_values": None}
-        return type(out)(**values)
+        adapters = self.layer.side_by_side(labels)
+        counts = [len(where)]
+        if adapters:  # rows come one adapter after the other
+            share = shifted.numel() // len(adapters)
+            counts = torch.bincount(where // share, minlength=len(adapters)).tolist()
+        parts = [
+            self.base.loss_function(  # type: ignore[operator]
+                logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=of_logits, **loss_options
+            )
+            for logits, of_logits in zip(out.logits.split(counts, 1), shifted[where].split(counts), strict=True)
+        ]
+        loss = parts[0]
+        if adapters:
+            scales = [1 if "num_items_in_batch" in loss_options else count / len(where) for count in counts]
+            loss = torch.stack([part * scale for part, scale in zip(parts, scales, strict=True) if scale]).sum()
+        heads = out.get("head_loss")
+        values: dict[str, Any] = {"loss": loss if heads is None else loss + heads, "logits": None}
+        values |= {"past_key_values": None} if hasattr(out, "past_key_values") else {}
+        by_adapter = {"adapter_loss": dict(zip(adapters, parts, strict=True))} if adapters else {}
+        return replaced(out, **values, **by_adapter)
 
 
 class _Given:

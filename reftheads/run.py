@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reftheads.nodes import NodeModule, Params
+from reftheads.nodes import Context, NodeModule, Params, apply
 from reftheads.output import Reading
 from reftheads.plan import PlannedNode
 from reftheads.positions import Positions, Selection, Tokens
@@ -23,12 +23,32 @@ HookKey = tuple[str, Side]
 NodeKey = tuple[str, str]  # adapter, node
 
 
+class SideBySide:
+    """The same node of several adapters, each on an equal share of a batch's rows, with their weights stacked."""
+
+    def __init__(self, keys: Sequence[NodeKey], modules: Sequence[NodeModule]):
+        self.keys = keys
+        self.intervention = modules[0].intervention
+        self.training = modules[0].training
+
+    def __call__(self, p: Params | None, h: Tensor, context: Context) -> Tensor:
+        """Edits or reads `h` [adapters·rows slots width] with parameters that have a dimension of adapters."""
+        assert p is not None
+        share = (len(self.keys), -1)
+        x = None if context.x is None else context.x.unflatten(0, share)
+        act = torch.vmap(self._one, in_dims=(0, 0, None if x is None else 0), randomness="different")
+        return act(p, h.unflatten(0, share), x).flatten(0, 1)
+
+    def _one(self, p: Params, h: Tensor, x: Tensor | None) -> Tensor:
+        return apply(self.intervention, p, h, Context(x, None, self.training))
+
+
 class Acting(NamedTuple):
-    """A node that acts in this pass."""
+    """A node that acts in this pass; or the same one of several adapters."""
 
     key: NodeKey
     planned: PlannedNode
-    module: NodeModule
+    module: NodeModule | SideBySide
     params: Params | None
     dtype: torch.dtype | None  # of the computation; None: that of the hidden states
     rows: Tensor | None  # Bool[batch]: the rows that its adapter was picked for

@@ -17,6 +17,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from reftheads.nodes import Context, NodeModule, Params, Reader
 from reftheads.output import Reading, extend
 from reftheads.plan import Plan, PlannedNode
 from reftheads.positions import Positions, Selection
-from reftheads.run import Acting, Call, Frame, Generation, HookKey, NodeKey, Run, Source, derive
+from reftheads.run import Acting, Call, Frame, Generation, HookKey, NodeKey, Run, SideBySide, Source, derive
 
 _AS_IT_IS = nullcontext()
 _PLAIN = {training: Context(training=training) for training in (True, False)}
@@ -196,12 +197,31 @@ class Interventions(nn.Module, BaseTunerLayer):
     ) -> Iterator[Acting]:
         """Each node with what it needs in one pass over `tokens`."""
         derived = self._derived([module for _, _, module in nodes])
+        stacked = self.side_by_side(tokens)
         for (adapter, _), planned, module in nodes:
-            rows = None
+            key, rows, p = (adapter, str(planned.node.name)), None, derived[module]
+            if len(stacked) > 1 and planned.node.source is None and p is not None:
+                if adapter != stacked[0]:
+                    continue
+                keys = [(other, key[1]) for other in stacked]
+                modules: list[NodeModule] = [self.rh_nodes[other][planned.node.key] for other in stacked]  # type: ignore[index,misc]
+                every = [derived[other] or {} for other in modules]
+                p = {name: torch.stack([params[name] for params in every]) for name in p}
+                yield Acting(key, planned, SideBySide(keys, modules), p, module.dtype, None)
+                continue
             if self.adapter_names is not None and tokens is not None:
                 rows = self._rows_of(adapter, tokens)
-            key = (adapter, str(planned.node.name))
-            yield Acting(key, planned, module, derived[module], module.dtype, rows)
+            yield Acting(key, planned, module, p, module.dtype, rows)
+
+    def side_by_side(self, tokens: Tensor | None) -> list[str]:
+        """The adapters of a batch's rows, if they have one graph and the rows are theirs in equal shares, in order."""
+        names = list(self.adapter_names or ())
+        adapters = list(dict.fromkeys(names))
+        if tokens is None or len(tokens) != len(names) or not all(name in self.plans for name in adapters):
+            return []
+        share = len(names) // max(len(adapters), 1)
+        same = all(self.plans[name].graph == self.plans[adapters[0]].graph for name in adapters)
+        return adapters if same and names == [name for name in adapters for _ in range(share)] else []
 
     def nodes_of(self, stack: str) -> Iterator[tuple[NodeKey, PlannedNode, NodeModule]]:
         adapters = self.active_adapters if self.adapter_names is None else dict.fromkeys(self.adapter_names)
@@ -351,7 +371,16 @@ class Interventions(nn.Module, BaseTunerLayer):
         value = torch.where(valid[..., None], value, torch.zeros_like(value))
         single = node.planned.node.positions.bound == 1
         assert isinstance(module.intervention, Reader)
-        run.readings[node.key] = Reading(module.intervention, value, valid, selection.columns, length, single)
+        reading = Reading(module.intervention, value, valid, selection.columns, length, single)
+        if isinstance(module, SideBySide):
+            owner = torch.arange(len(module.keys), device=h.device).repeat_interleave(len(h) // len(module.keys))[
+                :, None
+            ]
+            run.readings.update(
+                {key: replace(reading, valid=valid & (owner == i)) for i, key in enumerate(module.keys)}
+            )
+        else:
+            run.readings[node.key] = reading
         if single and self.generation is not None:
             sources = self.generation.sources
             sources[node.key] = Source(value, valid).since(sources.get(node.key))

@@ -178,7 +178,7 @@ class InterventionTrainer(Trainer):
         if self.reuse == "disk":
             folder = os.path.join(str(self.args.output_dir), "activations")
             return ActivationStore(folder=folder), f"disk: about {_megabytes(size)} in {folder}"
-        store = ActivationStore()
+        store = self._store_in_memory(size)
         steps = self.args.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
         once = 0 < steps <= rows if self.args.max_steps > 0 else self.args.num_train_epochs <= 1
         about = f"about {_megabytes(size)} of {rows:,} rows, {_megabytes(store.budget)} may be taken"
@@ -187,6 +187,15 @@ class InterventionTrainer(Trainer):
         if self.reuse == "auto" and size > store.budget:
             return None, f"none: {about}; reuse='disk' keeps them in files"
         return store, f"memory: {about}"
+
+    def _store_in_memory(self, size: int) -> ActivationStore:
+        """Where the model is, if half of what is free there suffices; else in main memory."""
+        device = self.args.device
+        if device.type == "cuda":
+            budget = torch.cuda.mem_get_info(device)[0] // 2
+            if size <= budget:
+                return ActivationStore(budget)
+        return ActivationStore(device="cpu")
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)

@@ -28,6 +28,7 @@ ROWS = [
     {"model"},
     {"data", "presets", "loading"},
     {"chat", "trainer"},
+    {"sweeps"},
     {"interop", "fewshot"},
 ]
 ROW = {name: i for i, names in enumerate(ROWS) for name in names}
