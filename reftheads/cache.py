@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,21 @@ class Piece:
         return Piece(self.keys[first - self.first :], self.values[first - self.first :], first)
 
 
+class _Append(torch.autograd.Function):
+    """Writes what is new behind `past` columns; the gradient is that of the new columns alone."""
+
+    @staticmethod
+    def forward(ctx: Any, room: Tensor, new: Tensor, past: int) -> Tensor:
+        ctx.past = past
+        ctx.mark_dirty(room)
+        room[:, :, past:] = new
+        return room
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+        return None, gradient[:, :, ctx.past :], None
+
+
 class _Layer(DynamicLayer):
     """The keys and values of one block: those of `past` columns, and room for those of the pass."""
 
@@ -44,9 +59,8 @@ class _Layer(DynamicLayer):
         if self.keys is None:
             self.keys, self.values = key_states, value_states
         else:
-            assert self.values is not None
-            self.keys[:, :, self.past :] = key_states
-            self.values[:, :, self.past :] = value_states
+            self.keys = _Append.apply(self.keys, key_states, self.past)
+            self.values = _Append.apply(self.values, value_states, self.past)
         if self.filled is not None:
             self.filled()
         return self.keys, self.values

@@ -25,15 +25,17 @@ def content(tensor: Tensor) -> bytes:
 
 
 class Fingerprint:
-    """A hash of a base model's weights and settings, made anew when a weight was changed in place or replaced.
+    """A hash of a base model's weights and settings.
 
-    What is written past autograd, through `.data`, is not noticed.
+    It is made anew when a weight was changed in place, or a weight or a module replaced. What is written past
+    autograd, through `.data`, is not noticed, nor is a change of the settings.
     """
 
     def __init__(self, base: nn.Module):
         self.base = base
         self._places: list[tuple[dict[str, Any], str]] = []  # walking through the modules takes milliseconds
         self._state: list[tuple[Tensor, int]] = []
+        self._children: list[tuple[dict[str, Any], str, nn.Module]] = []
         self._value = ""
 
     def __str__(self) -> str:
@@ -46,6 +48,12 @@ class Fingerprint:
                 for name, tensor in tensors.items()
                 if tensor is not None
             ]
+            self._children = [
+                (module._modules, name, child)
+                for module in own
+                for name, child in module._modules.items()
+                if child is not None and not (module is self.base and name == "interventions")
+            ]
             self._state = [(tensors[name], tensors[name]._version) for tensors, name in self._places]
             parts: list[str | int | bytes] = [type(self.base).__name__, _settings(self.base)]
             for (_, name), (tensor, _) in zip(self._places, self._state, strict=True):
@@ -56,7 +64,7 @@ class Fingerprint:
         return self._value
 
     def _changed(self) -> bool:
-        return any(
+        return any(modules.get(name) is not child for modules, name, child in self._children) or any(
             tensors.get(name) is not tensor or tensor._version != version
             for (tensors, name), (tensor, version) in zip(self._places, self._state, strict=True)
         )
@@ -66,6 +74,7 @@ def _settings(base: nn.Module) -> str:
     config: Any = getattr(base, "config", None)
     if config is None:
         return repr(base)
-    ignored = {"_name_or_path", "transformers_version", "use_cache", "name_or_path"}
+    # what only says where a model comes from; saving adds the last two, which the weights show
+    ignored = {"_name_or_path", "transformers_version", "use_cache", "name_or_path", "architectures", "dtype"}
     known = {key: value for key, value in config.to_dict().items() if key not in ignored}
     return json.dumps([known, getattr(config, "_attn_implementation", None)], sort_keys=True, default=str)

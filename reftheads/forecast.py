@@ -40,7 +40,7 @@ class Forecast:
 
     @classmethod
     def of(cls, replay: Replay, batches: Iterable[Mapping[str, Any]]) -> Forecast:
-        """Counts matrix products and attention; norms, activations and the optimiser are left out."""
+        """Counts the model's matrix products and attention; nodes, norms, activations and the optimiser are left out."""
         cone = replay.cone
         costs = _Costs.of(replay)
         parts = [costs.of_batch(cone, replay.divide(cone, batch), batch) for batch in batches]
@@ -84,15 +84,19 @@ class _Costs:
         """Plain, recording, replaying, bytes, rows."""
         labels = batch.get("labels")
         labelled = 0 if labels is None or not self.logits else int((labels[:, 1:] != IGNORE).sum())
-        above = self.blocks - cone.cut if cone.inside or cone.elsewhere or labels is not None else 0
-        trained = self.blocks - cone.cut if cone.first is not None else 0
+        above = bool(cone.inside) or cone.elsewhere or labels is not None  # whether anything is fed what is kept
+        learns = cone.first is not None
+        trained = self.blocks - cone.cut if learns else 0
         n, p = sum(rows.lengths), sum(rows.layout.prefixes)
-        everything = sum(self._block(length, 0) for length in rows.lengths)
-        rest = sum(self._block(length, q) for length, q in zip(rows.lengths, rows.layout.prefixes, strict=True))
-        plain = everything * (self.blocks + trained) + n * self.logits * (1 + bool(trained))
-        replaying = rest * (above + trained) + labelled * self.logits * (1 + bool(trained))
+        count, columns = rows.fed["input_ids"].shape  # padding is computed as well
+        past = rows.layout.past
+        everything = count * self._block(columns, 0)
+        rest = count * self._block(past + rows.layout.columns.shape[1], past)
+        plain = everything * (self.blocks + trained) + count * columns * self.logits * (1 + learns)
+        replaying = rest * ((self.blocks - cone.cut) * above + trained) + labelled * self.logits * (1 + learns)
         below = max(cone.cut if above else 0, cone.deepest_constant)
-        recording = replaying + (everything - rest) * (self.blocks if p else 0) + rest * below
+        prefixes = count * self._block(past, 0) * (self.blocks - 1)  # of the last block, keys and values alone
+        recording = replaying + prefixes + rest * below
         seen = sum(len(found) for reader in cone.constant for found in rows.selected(reader.node.positions))
         kept = p * self.kept * (self.blocks - cone.cut) + seen * self.width
         kept += (n - p) * self.width if cone.cut and above else 0

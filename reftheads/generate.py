@@ -34,7 +34,7 @@ def _generate(base: Any, *args: Any, **kwargs: Any) -> Any:
         real = torch.ones((1, 1), dtype=torch.bool, device=base.device)
     else:
         if kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = _real_tokens(base, inputs, kwargs)
+            kwargs["attention_mask"] = real_tokens(base, inputs, kwargs)
         real = kwargs["attention_mask"].bool()
     if prompt_mask is not None and prompt_mask.shape != real.shape:
         raise ValueError(
@@ -46,16 +46,17 @@ def _generate(base: Any, *args: Any, **kwargs: Any) -> Any:
         return type(base).generate(base, *args, **kwargs)
 
 
-def _real_tokens(
+def real_tokens(
     base: Any, inputs: Shaped[Tensor, "rows columns *width"], kwargs: dict[str, Any]
 ) -> Int[Tensor, "rows columns"]:
     """The mask that `generate` makes up where none is given: padding, if it can be told from an end."""
-    pad, eos = (_option(base, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
+    pad, eos = (option(base, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
     if inputs.ndim == 2 and pad is not None and pad not in (eos if isinstance(eos, list | tuple) else [eos]):
         return (inputs != pad).long()
     return inputs.new_ones(inputs.shape[:2], dtype=torch.long)
 
 
-def _option(base: Any, kwargs: dict[str, Any], name: str) -> Any:
+def option(base: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """An option of `generate`: of the call, its configuration, or else the model's."""
     given = (kwargs.get(name), getattr(kwargs.get("generation_config"), name, None))
     return next((value for value in given if value is not None), getattr(base.generation_config, name))

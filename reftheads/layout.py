@@ -87,7 +87,8 @@ class Rows:
         ids: of every row, all that the stack is fed of its real tokens.
         layout: the computed part.
         masks: by the id of a rule, what it selects of the batch; on the CPU.
-        starts, lengths: the column of each row's first real token, and how many it has.
+        starts, lengths: the column of each row's first real token; how many there are, those left out that come
+            behind all that is looked at.
         divided: whether prefixes are left out. What is computed stands where it stood otherwise.
     """
 

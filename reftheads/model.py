@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 
 from reftheads.forecast import describe
+from reftheads.generate import option, real_tokens
 from reftheads.graph import InterventionGraph
 from reftheads.nodes import NodeModule
 from reftheads.plan import Plan
@@ -44,9 +45,14 @@ The intervention graph:
 
 # arguments of `generate` by which it does not begin with the prompt's tokens and a cache that grows
 _OTHER_WAYS = frozenset(
-    "inputs inputs_embeds past_key_values use_cache cache_implementation assistant_model prompt_lookup_num_tokens "
-    "adapter_names prompt_mask position_ids".split()
+    "inputs inputs_embeds past_key_values assistant_model adapter_names prompt_mask position_ids".split()
 )
+# and its options, from wherever they come, with the values by which it does
+_USUAL = {
+    "num_beams": (None, 1), "num_return_sequences": (None, 1), "use_cache": (None, True),
+    "cache_implementation": (None,), "prompt_lookup_num_tokens": (None,),
+    "output_hidden_states": (None, False), "output_attentions": (None, False),
+}  # fmt: skip
 
 
 class InterventionModel(PeftModel):
@@ -96,10 +102,11 @@ class InterventionModel(PeftModel):
         """As the base model's; within `reusing`, the keys and values of what no node looks at come from the store."""
         asked = {name: value for name, value in kwargs.items() if value is not None}
         if self._replay is not None and not args and not asked.keys() & _OTHER_WAYS and "input_ids" in asked:
-            config = asked.get("generation_config") or getattr(self.get_base_model(), "generation_config", None)
-            copies = max(asked.get(n, getattr(config, n, None) or 1) for n in ("num_beams", "num_return_sequences"))
-            cache = self._replay.prefill(asked["input_ids"], asked.get("attention_mask")) if copies == 1 else None
-            kwargs |= {} if cache is None else {"past_key_values": cache}
+            base: Any = self.get_base_model()
+            if all(option(base, kwargs, name) in usual for name, usual in _USUAL.items()):
+                ids, mask = asked["input_ids"], asked.get("attention_mask")
+                cache = self._replay.prefill(ids, real_tokens(base, ids, kwargs) if mask is None else mask)
+                kwargs |= {} if cache is None else {"past_key_values": cache}
         return super().generate(*args, **kwargs)
 
     @contextmanager

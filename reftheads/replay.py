@@ -102,12 +102,15 @@ class Replay:
         finally:
             for module, training in modes:
                 module.training = training
-        if replayed is None or plain.get("loss") is None:
+        if replayed is None:
+            return self.why_plain() or "a batch holds more than tokens, their labels and targets of heads"
+        if plain.get("loss") is None:
             return None
         a, b = float(plain["loss"]), float(replayed["loss"])
-        tolerance = max(
-            1e-4, 4 * max((torch.finfo(p.dtype).eps for p in self._own if p.is_floating_point()), default=0)
-        )
+        device = self.recorder.device.type
+        computed = {p.dtype for p in self._own if p.is_floating_point()}
+        computed |= {torch.get_autocast_dtype(device)} if torch.is_autocast_enabled(device) else set()
+        tolerance = max(1e-4, 4 * max((torch.finfo(dtype).eps for dtype in computed), default=0))
         if abs(a - b) > tolerance * max(abs(a), 1):
             return f"the loss would be {b:.6g} instead of {a:.6g}"
         return None
@@ -149,6 +152,8 @@ class Replay:
             return f"the base model has dropout in training mode ({active}); load_base(…, dropout=False) has none"
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.base.modules()):
             return "batch norms in training mode mix the rows of a batch"
+        if any(getattr(m, "neftune_noise_alpha", None) and m.training for m in self.base.modules()):
+            return "embeddings get noise in training mode (neftune_noise_alpha)"
         if getattr(getattr(self.base, "config", None), "output_router_logits", False):
             return "the loss of a router looks at every token in every block"
         return None
@@ -265,14 +270,14 @@ class Replay:
         ids = host["input_ids"]
         real = host["attention_mask"].bool() if "attention_mask" in host else torch.ones_like(ids, dtype=torch.bool)
         masks = self._masks(cone, host)
-        starts, lengths = real.int().argmax(1), real.sum(1)
-        places = starts.tolist(), lengths.tolist()
-        prefixes = self._prefixes(cone, host, masks, real, starts, lengths) if self._simple(host, real) else None
-        if prefixes is None:
+        starts = real.int().argmax(1)
+        parts = self._parts(cone, host, masks, real, starts) if self._simple(host, real) else None
+        if parts is None:
             rows = [b"".join(name.encode() + _of_row(host[name], real, i) for name in fed) for i in range(len(real))]
-            return Rows(fed, rows, Layout.whole(real), masks, *places, divided=False)
-        rows = [content(row[start : start + length].long()) for row, start, length in zip(ids, *places, strict=True)]
-        return Rows(fed, rows, Layout.behind(prefixes.tolist(), places[1], places[0]), masks, *places, divided=True)
+            return Rows(fed, rows, Layout.whole(real), masks, starts.tolist(), real.sum(1).tolist(), divided=False)
+        first, last = starts.tolist(), parts[1].tolist()
+        rows = [content(row[start : start + n].long()) for row, start, n in zip(ids, first, last, strict=True)]
+        return Rows(fed, rows, Layout.behind(parts[0].tolist(), last, first), masks, first, last, divided=True)
 
     def _masks(self, cone: Cone, host: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """By the id of each rule in the stack, what it selects of a batch."""
@@ -296,16 +301,13 @@ class Replay:
         positions = host.get("position_ids", torch.arange(real.shape[1]).expand_as(real))
         return positions.shape == real.shape and bool((positions == ranks)[real].all())
 
-    def _prefixes(
-        self,
-        cone: Cone,
-        host: Mapping[str, Tensor],
-        masks: Mapping[int, Tensor],
-        real: Tensor,
-        starts: Tensor,
-        lengths: Tensor,
-    ) -> Tensor | None:
-        """How many tokens of each row come before all that a node or a label looks at; `None`: too few."""
+    def _parts(
+        self, cone: Cone, host: Mapping[str, Tensor], masks: Mapping[int, Tensor], real: Tensor, starts: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """How many tokens of each row come before all that a node or a label looks at, and before the end of that.
+
+        `None` where it is not worth it.
+        """
         if self.why_no_prefix(cone) is not None or self._by_columns(cone, host):
             return None
         looked_at = [masks[id(p.node.positions)] for p in cone.inside]
@@ -313,13 +315,16 @@ class Replay:
             looked_at.append(_shifted(host["labels"]) != IGNORE)
         needed = torch.stack(looked_at).any(0)
         first = torch.where(needed.any(1), needed.int().argmax(1), real.shape[1])
+        seen = torch.stack([needed, *(masks[id(p.node.positions)] for p in cone.constant)]).any(0) & real
         slots = [p.node.positions.bound or 0 for p in cone.inside if not p.edits]
         room = max((n + 1 for n in slots if n > 1), default=1)  # else slots would be columns, see `Positions.pick`
+        last = (seen * torch.arange(1, real.shape[1] + 1)).amax(1) - starts
+        lengths = last.clamp(min=room).minimum(real.sum(1))
         prefixes = (first - starts).minimum(lengths - room).clamp(min=0)
-        return prefixes if int(prefixes.sum()) * WORTH >= int(lengths.sum()) else None
+        return (prefixes, lengths) if int(prefixes.sum()) * WORTH >= int(lengths.sum()) else None
 
     def _by_columns(self, cone: Cone, host: Mapping[str, Tensor]) -> bool:
-        """Whether what a constant reader reads of several tokens a row meets what is computed of the batch, or targets."""
+        """Whether several tokens a row of a constant reader meet targets, or a gate, of those that are computed."""
         sources = {planned.node.source for planned in cone.inside}
         several = [planned.node for planned in cone.constant if planned.node.positions.bound != 1]
         return any(node.name in sources or getattr(node.intervention, "target", None) in host for node in several)

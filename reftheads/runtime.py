@@ -15,7 +15,7 @@ second time, even if other passes lie in between.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from reftheads.architectures import StackInfo
+from reftheads.checkpointing import KeepRun
 from reftheads.hooks import attach
 from reftheads.losses import IGNORE
 from reftheads.nodes import Context, NodeModule, Params, Reader
@@ -98,7 +99,7 @@ class Interventions(nn.Module, BaseTunerLayer):
         self._handles.clear()
         for module in (m for modules in self._checkpointing.values() for m in modules):
             function = getattr(module, "_gradient_checkpointing_func", None)
-            if isinstance(function, _KeepRun):
+            if isinstance(function, KeepRun):
                 module._gradient_checkpointing_func = function.checkpoint  # type: ignore[assignment]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -176,8 +177,8 @@ class Interventions(nn.Module, BaseTunerLayer):
         self.runs[stack.path] = Run(frame, acting, shape, readings)
         for block in self._checkpointing[stack.path]:
             checkpoint = getattr(block, "_gradient_checkpointing_func", None)
-            if block.gradient_checkpointing and checkpoint is not None and not isinstance(checkpoint, _KeepRun):
-                block._gradient_checkpointing_func = _KeepRun(self, stack.path, checkpoint)  # type: ignore[assignment]
+            if block.gradient_checkpointing and checkpoint is not None and not isinstance(checkpoint, KeepRun):
+                block._gradient_checkpointing_func = KeepRun(self, stack.path, checkpoint)  # type: ignore[assignment]
 
     def _stack_ends(self, stack: StackInfo, module: nn.Module, args: tuple, output: Any) -> None:
         run = self.runs.pop(stack.path, None)
@@ -471,37 +472,6 @@ class Interventions(nn.Module, BaseTunerLayer):
             yield
         finally:
             self.generation = before
-
-
-class _KeepRun:
-    """A checkpoint function under which a block sees the run of its first pass when it is recomputed.
-
-    It never uses reentrant checkpointing, which hides from autograd whatever a block takes and gives other than
-    by its arguments: parameters of nodes, and what they read.
-    """
-
-    def __init__(self, layer: Interventions, stack: str, checkpoint: Callable[..., Any]):
-        self.layer = layer
-        self.stack = stack
-        self.checkpoint = checkpoint
-        reentrant = isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant", False)
-        self.options = {"use_reentrant": False} if reentrant else {}
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        run = self.layer.runs.get(self.stack)
-        return self.checkpoint(functools.partial(self._with, run, function), *args, **kwargs, **self.options)
-
-    def _with(self, run: Run | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        runs = self.layer.runs
-        before = runs.pop(self.stack, None)
-        if run is not None:
-            runs[self.stack] = run
-        try:
-            return function(*args, **kwargs)
-        finally:
-            runs.pop(self.stack, None)
-            if before is not None:
-                runs[self.stack] = before
 
 
 def _packed(given: Mapping[str, Any]) -> bool:

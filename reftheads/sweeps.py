@@ -150,7 +150,8 @@ class _SweepTrainer(InterventionTrainer):
                 for trial in self.trials
             }
         # without a number of items, the Trainer divides what it is given
-        parts = 1 if self.model_accepts_loss_kwargs else self.current_gradient_accumulation_steps
+        whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None or self.compute_loss_func is not None
+        parts = 1 if whole else self.current_gradient_accumulation_steps
         for name, loss in losses.items():
             self._sums[name] = self._sums[name].to(loss.device) + loss.detach() / parts
         total = torch.stack(list(losses.values())).sum()
@@ -161,7 +162,7 @@ class _SweepTrainer(InterventionTrainer):
     ) -> dict[str, Tensor] | None:
         """The loss of every trial from one pass; `None` where the base model can reuse nothing."""
         names = [trial.adapter for trial in self.trials]
-        with self._reusing(model):
+        with self._reusing(model, inputs):
             if self._replay is None or self._replay.why_plain() is not None or len(names) == 1:
                 return None
             batch = {name: value.repeat(len(names), *[1] * (value.ndim - 1)) for name, value in inputs.items()}
@@ -184,8 +185,9 @@ class _SweepTrainer(InterventionTrainer):
         return losses
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for name in logs.keys() & {"loss", "train_loss"}:  # sums over the trials so far
+            logs[name] /= len(self.trials)
         if "loss" in logs:
-            logs["loss"] /= len(self.trials)
             self.note_losses()
         super().log(logs, *args, **kwargs)
 

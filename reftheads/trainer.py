@@ -1,13 +1,16 @@
 """A transformers Trainer that knows intervention graphs."""
 
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
+import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from reftheads.data import Collator, prompts_only
@@ -90,7 +93,10 @@ class InterventionTrainer(Trainer):
         self.reuse = reuse
         self.reuse_summary = ""
         self._replay: Replay | None = None
+        self._described: tuple[nn.Module, bool] | None = None  # the base model of `reuse_summary`, and its mode
         self._wants_logits = self.label_smoother is not None or self.compute_loss_func is not None
+        if self._wants_logits and reuse != "off":
+            self.reuse_summary = "reuse  nothing: the loss is computed from all logits"
         layer = next(module for module in model.modules() if isinstance(module, Interventions))
         self._target_names = list(dict.fromkeys(name for plan in layer.plans.values() for name in plan.targets))
         columns = _columns(train_dataset)
@@ -115,7 +121,7 @@ class InterventionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        with self._reusing(model):
+        with self._reusing(model, inputs):
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
@@ -133,30 +139,41 @@ class InterventionTrainer(Trainer):
 
     # --- computing the cone alone ---------------------------------------------------------------------------
 
-    def _reusing(self, model: nn.Module) -> AbstractContextManager:
-        own = self.accelerator.unwrap_model(model)
-        if self.reuse == "off" or self._wants_logits or not isinstance(own, InterventionModel):
+    def _reusing(self, model: nn.Module, inputs: Mapping[str, Any]) -> AbstractContextManager:
+        if self.reuse == "off" or self._wants_logits:
             return nullcontext()
-        if not self.reuse_summary:
-            self._replay = self._new_replay(own)
+        own = self.accelerator.unwrap_model(model)
+        if not isinstance(own, InterventionModel) or isinstance(model, nn.DataParallel):
+            self.reuse_summary = f"reuse  nothing: the model is a {type(model).__name__}, no InterventionModel"
+            return nullcontext()
+        if self._described is None or self._described[0] is not own.get_base_model():
+            self._replay = self._new_replay(own, inputs)
+            self._described = own.get_base_model(), own.training
+        elif own.training and not self._described[1]:  # described before an evaluation; dropout may be active now
+            if self._replay is not None and self._replay.why_plain() is not None:
+                self.reuse_summary = describe(self._replay)
+            self._described = self._described[0], True
         return nullcontext() if self._replay is None else own.reusing(self._replay)
 
-    def _new_replay(self, model: InterventionModel) -> Replay | None:
+    def _new_replay(self, model: InterventionModel, inputs: Mapping[str, Any]) -> Replay | None:
         """Chooses where activations are kept, says so, and makes sure that nothing comes out differently."""
         try:
             replay = Replay(model.get_base_model(), model.tuner.layer)
         except ValueError as error:
             self.reuse_summary = f"reuse  nothing: {error}"
             return None
+        if replay.why_plain() is not None:
+            self.reuse_summary = describe(replay)
+            return replay
+        with self.accelerator.autocast():
+            difference = replay.differs(model, inputs)
+        if difference is not None:
+            self.reuse_summary = f"reuse  nothing: {difference}"
+            return None
         batches = self._sample()
         self.reuse_summary = describe(replay, batches)
-        if replay.why_plain() is None and batches:
-            difference = replay.differs(model, batches[0])
-            if difference is not None:
-                self.reuse_summary = f"reuse  nothing: {difference}"
-                return None
-            replay.recorder.store, chosen = self._store(Forecast.of(replay, batches))
-            self.reuse_summary += f"\nstore    {chosen}"
+        replay.recorder.store, chosen = self._store(Forecast.of(replay, batches) if batches else None)
+        self.reuse_summary += f"\nstore    {chosen}"
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             print(self.reuse_summary)
         return replay
@@ -166,20 +183,35 @@ class InterventionTrainer(Trainer):
         rows: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         if isinstance(rows, IterableDataset | dict) or not hasattr(rows, "__getitem__") or not hasattr(rows, "__len__"):
             return []
-        some = Subset(rows, range(0, len(rows), max(len(rows) // _SAMPLE, 1))[:_SAMPLE])
-        with torch.random.fork_rng():
-            return [self._prepare_inputs(batch) for batch in self.get_eval_dataloader(some)]
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        size = self.args.train_batch_size
+        with _same_random_numbers():
+            some = [rows[i] for i in range(0, len(rows), max(len(rows) // _SAMPLE, 1))[:_SAMPLE]]
+            batches = [collate(some[i : i + size]) for i in range(0, len(some), size)]
+        return [self._prepare_inputs(batch) for batch in batches]
 
-    def _store(self, forecast: Forecast) -> tuple[ActivationStore | None, str]:
+    def _store(self, forecast: Forecast | None) -> tuple[ActivationStore | None, str]:
+        """A store, and why this one.
+
+        Args:
+            forecast: of some rows; `None` where only running through them would show them.
+        """
+        folder = os.path.join(str(self.args.output_dir), "activations")
         if isinstance(self.reuse, ActivationStore):
             return self.reuse, "as given"
+        if forecast is None:
+            if self.reuse == "disk":
+                return ActivationStore(folder=folder), f"disk: in {folder}"
+            if self.reuse == "memory":
+                return self._store_in_memory(0), "memory"
+            return None, "none: how many rows there are is not known"
         rows = len(self.train_dataset if self.train_dataset is not None else self.eval_dataset)  # type: ignore[arg-type]
-        size = forecast.stored // forecast.rows * rows
+        size = forecast.stored * rows // forecast.rows
         if self.reuse == "disk":
-            folder = os.path.join(str(self.args.output_dir), "activations")
             return ActivationStore(folder=folder), f"disk: about {_megabytes(size)} in {folder}"
         store = self._store_in_memory(size)
         steps = self.args.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        steps *= self.args.world_size
         once = 0 < steps <= rows if self.args.max_steps > 0 else self.args.num_train_epochs <= 1
         about = f"about {_megabytes(size)} of {rows:,} rows, {_megabytes(store.budget)} may be taken"
         if self.reuse == "auto" and once:
@@ -195,7 +227,8 @@ class InterventionTrainer(Trainer):
             budget = torch.cuda.mem_get_info(device)[0] // 2
             if size <= budget:
                 return ActivationStore(budget)
-        return ActivationStore(device="cpu")
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each has a store of its own
+        return ActivationStore(psutil.virtual_memory().available // 2 // processes, device="cpu")
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -231,12 +264,24 @@ class InterventionTrainer(Trainer):
             else prompts_only(inputs, pad)  # type: ignore[arg-type]
         )
         generate = self.accelerator.unwrap_model(model).generate
-        with torch.no_grad(), self._reusing(model):
+        with torch.no_grad(), self._reusing(model, inputs):
             ids = generate(**prompts, pad_token_id=pad, **self.generation_kwargs)  # type: ignore[operator]
         new = ids if seq2seq else ids[:, prompts["input_ids"].shape[1] :]
         ends = (new == self.processing_class.eos_token_id).long()
         behind = (ends.cumsum(1) - ends > 0) | ((new == pad) & (ends == 0))  # all but the end itself
         return loss, torch.where(behind, IGNORE, new), inputs.get("labels")
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Within, random numbers may be drawn that change none of those that come later."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _columns(dataset: Any) -> list[str] | None:

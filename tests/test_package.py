@@ -21,6 +21,7 @@ ROWS = [
     {"graph"},
     {"output", "plan"},
     {"run", "cone"},
+    {"checkpointing"},
     {"runtime"},
     {"generate", "record"},
     {"tuner", "replay"},
