@@ -38,6 +38,7 @@ format: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python recipes/benchmark.py
+	$(BIN)/python recipes/benchmark_cone.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

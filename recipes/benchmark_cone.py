@@ -529,7 +529,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument(
+        "--vocab", type=int, default=4096, help="4096: logits take as small a share of the work as in a model of 7B"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", default="float32", help="of the base model; what reftheads trains is float32")
     parser.add_argument("--device", default="cpu")

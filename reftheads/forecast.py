@@ -40,10 +40,10 @@ class Forecast:
 
     @classmethod
     def of(cls, replay: Replay, batches: Iterable[Mapping[str, Any]]) -> Forecast:
-        """Counts the model's matrix products and attention; nodes, norms, activations and the optimiser are left out."""
+        """Counts the model's matrix products and attention; nodes, norms, activations, optimiser are left out."""
         cone = replay.cone
         costs = _Costs.of(replay)
-        parts = [costs.of_batch(cone, replay.divide(cone, batch), batch) for batch in batches]
+        parts = [costs.of_batch(cone, replay.division.rows(cone, batch), batch) for batch in batches]
         plain, recording, replaying, stored, rows = (sum(values) for values in zip(*parts, strict=True))
         return cls(plain, recording, replaying, int(stored), int(rows))
 
@@ -61,12 +61,12 @@ class _Costs:
     @classmethod
     def of(cls, replay: Replay) -> _Costs:
         base, info = replay.base, replay.info
-        head = replay.lm_head
+        head = replay.limits.lm_head
         dtype = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
         width = locate(base, Site(component="embedding_output", stack=None)).width if info.causal else 0
-        width = width or locate(base, Site(0, "block_input", stack="encoder" if replay.seq2seq else None)).width
+        width = width or locate(base, Site(0, "block_input", stack="encoder" if replay.limits.seq2seq else None)).width
         try:
-            kept = 2 * locate(base, Site(0, "key_output", stack="encoder" if replay.seq2seq else None)).width
+            kept = 2 * locate(base, Site(0, "key_output", stack="encoder" if replay.limits.seq2seq else None)).width
         except ValueError:  # fused in a way that is not known
             kept = 2 * width
         config = getattr(base, "config", None)
@@ -125,12 +125,12 @@ def describe(replay: Replay, batches: Iterable[Mapping[str, Any]] = ()) -> str:
     """What is reused, what is not and why; with batches, what that makes of a training step."""
     cone = replay.cone
     table = Table(box=None, show_header=False, pad_edge=False)
-    plain = replay.why_plain()
+    plain = replay.limits.why_plain()
     if plain is not None:
         table.add_row("reuse", f"nothing: {plain}")
         return render(table)
     blocks = len(replay.blocks)
-    no_prefix, no_layers = replay.why_no_prefix(cone), replay.why_no_layers(cone)
+    no_prefix, no_layers = replay.limits.why_no_prefix(cone), replay.limits.why_no_layers(cone)
     table.add_row(
         "prefix", f"not reused: {no_prefix}" if no_prefix else "keys and values before the first edit and label"
     )
@@ -143,7 +143,9 @@ def describe(replay: Replay, batches: Iterable[Mapping[str, Any]] = ()) -> str:
     if cone.constant:
         names = ", ".join(str(planned.node.name) for planned in cone.constant)
         table.add_row("readers", f"what {names} read{'s' if len(cone.constant) == 1 else ''} is kept")
-    table.add_row("logits", "where there is a label" if replay.lm_head is not None else "as the base model has them")
+    table.add_row(
+        "logits", "where there is a label" if replay.limits.lm_head is not None else "as the base model has them"
+    )
     batches = list(batches)
     if batches:
         forecast = Forecast.of(replay, batches)

@@ -2,7 +2,7 @@
 
 A batch goes through `Replay` in four steps:
 
-1. its rows are divided into a prefix that no node and no label looks at, and the rest (`divide`);
+1. its rows are divided into a prefix that no node and no label looks at, and the rest (`Division`);
 2. a `Recorder` gives what the base model computes below and before the cone, from its store or anew;
 3. the rest of the rows goes through the model, the blocks below the cone giving what was recorded, and no further
    than somebody looks (`_run`);
@@ -14,7 +14,6 @@ part that cannot; `why_plain`, `why_no_prefix` and `why_no_layers` say why.
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,16 +24,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutput
 
-from reftheads.architectures import StackInfo, stacks
 from reftheads.cache import cache_of, growing
 from reftheads.cone import Cone
-from reftheads.fingerprint import content
-from reftheads.layout import Layout, Rows
+from reftheads.division import OURS, Division, shifted
+from reftheads.layout import Rows
+from reftheads.limits import NO_EDIT, Limits, fed_stack
 from reftheads.losses import IGNORE
 from reftheads.output import extend, replaced
 from reftheads.plan import Plan
@@ -43,14 +40,6 @@ from reftheads.record import Done, Recorded, Recorder
 from reftheads.run import Acting, Call, HookKey, Run
 from reftheads.runtime import Interventions
 from reftheads.store import ActivationStore
-
-WORTH = 8  # prefixes are left out where they make at least one in so many of a batch's tokens
-
-_NO_EDIT = "no edit: all that is kept is what the readers see"
-
-HANDED_ON = {"position_bias", "shared_kv_states"}  # what blocks take that earlier ones have computed
-
-OURS = ("labels", "prompt_mask", "num_items_in_batch")
 
 
 class Replay:
@@ -69,16 +58,14 @@ class Replay:
     def __init__(self, base: nn.Module, layer: Interventions, store: ActivationStore | None = None):
         self.base = base
         self.layer = layer
-        self.seq2seq = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
-        self.info = _fed_stack(base, self.seq2seq)
+        self.info = fed_stack(base)
         self.recorder = Recorder(base, layer, self.info, store)
+        self.limits = Limits(base, layer, self.info, self.recorder)
+        self.division = Division(self.limits)
         self.stack = self.recorder.stack
         self.blocks = [base.get_submodule(path) for path in self.info.blocks]
-        self._own = [p for name, p in base.named_parameters() if _is_base(name)]
-        self._random = list(_random_settings(base))
         self._cone: tuple[list[Plan], Cone] | None = None
         self._gives: int | None = None  # elements of the tuple that a block returns; 0: a tensor
-        self._hands_on = bool(HANDED_ON & inspect.signature(self.blocks[0].forward).parameters.keys())
 
     @property
     def store(self) -> ActivationStore | None:
@@ -103,12 +90,12 @@ class Replay:
             for module, training in modes:
                 module.training = training
         if replayed is None:
-            return self.why_plain() or "a batch holds more than tokens, their labels and targets of heads"
+            return self.limits.why_plain() or "a batch holds more than tokens, their labels and targets of heads"
         if plain.get("loss") is None:
             return None
         a, b = float(plain["loss"]), float(replayed["loss"])
         device = self.recorder.device.type
-        computed = {p.dtype for p in self._own if p.is_floating_point()}
+        computed = self.limits.dtypes
         computed |= {torch.get_autocast_dtype(device)} if torch.is_autocast_enabled(device) else set()
         tolerance = max(1e-4, 4 * max((torch.finfo(dtype).eps for dtype in computed), default=0))
         if abs(a - b) > tolerance * max(abs(a), 1):
@@ -123,7 +110,7 @@ class Replay:
         plans = self._plans
         if self._cone is None or len(plans) != len(self._cone[0]) or any(map(operator.is_not, plans, self._cone[0])):
             cone = Cone.of([planned for plan in plans for planned in plan.nodes], self.info)
-            if self.why_no_layers(cone) is not None:
+            if self.limits.why_no_layers(cone) is not None:
                 cone = replace(cone, cut=0, constant=(), inside=cone.nodes)
             self._cone = plans, cone
         return self._cone[1]
@@ -132,65 +119,6 @@ class Replay:
     def _plans(self) -> list[Plan]:
         names = dict.fromkeys(self.layer.adapter_names or self.layer.active_adapters)
         return [self.layer.plans[name] for name in names if name in self.layer.plans]
-
-    @property
-    def targets(self) -> set[str]:
-        """The columns of a batch that heads are trained on."""
-        return {name for plan in self.layer.plans.values() for name in plan.targets}
-
-    def why_plain(self) -> str | None:
-        """Why nothing can be reused, in the state that the model is in; `None` if something can."""
-        if self.layer.disable_adapters:
-            return "adapters are disabled"
-        if any(p.is_meta or hasattr(p, "ds_id") or isinstance(p, DTensor) for p in self._own[:1]):
-            return "the weights of the base model are spread over processes or kept elsewhere"
-        if any(p.requires_grad for p in self._own):
-            name = next(name for name, p in self.base.named_parameters() if p.requires_grad and _is_base(name))
-            return f"weights of the base model are trained ({name})"
-        active = next((f"{type(m).__name__}.{name}" for m, name in self._random if m.training and getattr(m, name)), "")
-        if active:
-            return f"the base model has dropout in training mode ({active}); load_base(…, dropout=False) has none"
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.base.modules()):
-            return "batch norms in training mode mix the rows of a batch"
-        if any(getattr(m, "neftune_noise_alpha", None) and m.training for m in self.base.modules()):
-            return "embeddings get noise in training mode (neftune_noise_alpha)"
-        if getattr(getattr(self.base, "config", None), "output_router_logits", False):
-            return "the loss of a router looks at every token in every block"
-        return None
-
-    def why_no_prefix(self, cone: Cone) -> str | None:
-        """Why all tokens of a row are computed in every step; `None` if a prefix can be left out."""
-        if not self.info.causal or self.seq2seq:
-            return "every token sees all the others"
-        if cone.first is None:
-            return _NO_EDIT
-        first = next((str(p.node.positions) for p in cone.inside if p.node.positions.begins_with_first), None)
-        if first is not None:
-            return f"positions {first!r} begin with the first token"
-        if any(getattr(block, "gradient_checkpointing", False) and block.training for block in self.blocks):
-            return "activation checkpointing goes without a cache"
-        if self.stack is not self.base and self.lm_head is None:
-            return "the model's own loss looks at every token"
-        if _recurrent(getattr(self.stack, "config", None)):
-            return "blocks carry a recurrent state"
-        if not self.recorder.keeps_pieces:
-            return "blocks do not keep keys and values of one shape"
-        return None
-
-    def why_no_layers(self, cone: Cone) -> str | None:
-        """Why the blocks below the first edit run in every step; `None` if they need not."""
-        if self._hands_on and (cone.cut or cone.constant):
-            return "blocks hand on more than the hidden state"
-        return None
-
-    @property
-    def lm_head(self) -> nn.Module | None:
-        """The vocabulary projection of a causal language model whose loss is the usual one."""
-        generates = getattr(self.base, "can_generate", None)
-        if self.seq2seq or not callable(generates) or not generates():
-            return None
-        usual = getattr(self.base, "loss_function", None) is ForCausalLMLoss
-        return self.base.get_output_embeddings() if usual else None  # type: ignore[operator]
 
     # --- one batch ------------------------------------------------------------------------------------------
 
@@ -201,14 +129,14 @@ class Replay:
         bounded number of tokens. Other rules give the tokens that were computed.
         """
         batch = {name: value for name, value in batch.items() if value is not None}
-        if self.why_plain() is not None or not self._understands(batch):
+        if self.limits.why_plain() is not None or not self.division.understands(batch):
             return None
         cone = self.cone
-        rows = self.divide(cone, batch)
+        rows = self.division.rows(cone, batch)
         above = bool(cone.inside) or cone.elsewhere or "labels" in batch
         recorded = self.recorder.rows(cone, rows, above)
         run = self._prepare(cone, rows, recorded)
-        targets = {name: batch[name] for name in self.targets & batch.keys()}
+        targets = {name: batch[name] for name in self.division.targets & batch.keys()}
         if not above:
             return extend(BaseModelOutput(), Call(readings=run.readings).named(), targets)
         return self._run(cone, rows, recorded, run, batch, targets)
@@ -220,7 +148,7 @@ class Replay:
             input_ids, attention_mask: [rows columns], prompts padded at the left.
         """
         cone = self.cone
-        if self.why_plain() is not None or self.why_no_prefix(cone) not in (None, _NO_EDIT):
+        if self.limits.why_plain() is not None or self.limits.why_no_prefix(cone) not in (None, NO_EDIT):
             return None
         ids = input_ids.cpu()
         real = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
@@ -231,103 +159,6 @@ class Replay:
         past = int(torch.cat([needed.int()[:-1], needed.new_ones(1).int()]).argmax())
         rows = [row[mask[:past].bool()] for row, mask in zip(input_ids[:, :past], real, strict=True)]
         return growing(self.recorder.prefixes(rows), past) if any(map(len, rows)) else None
-
-    def _understands(self, batch: Mapping[str, Any]) -> bool:
-        """Whether a batch is one of tokens, row by row, and asks for nothing but losses and predictions."""
-        fed, mask = self._fed(batch), batch.get("attention_mask")
-        ids = fed.get("input_ids")
-        if not isinstance(ids, Tensor) or not ids.numel() or (isinstance(mask, Tensor) and mask.shape != ids.shape):
-            return False
-        rest = batch.keys() - {*fed, *self.targets, *OURS}
-        if rest and not (self.seq2seq and all(name.startswith("decoder_") for name in rest)):
-            return False
-        if self._judges_padding(batch.get("labels"), mask):
-            return False
-        return all(isinstance(value, Tensor) and len(value) == len(ids) for value in fed.values())
-
-    def _judges_padding(self, labels: Tensor | None, mask: Tensor | None) -> bool:
-        """Whether the model's own loss looks at what it computes of padding."""
-        if self.seq2seq or labels is None or mask is None:
-            return False
-        if labels.shape != mask.shape:
-            return not self.info.causal and not bool(mask[:, 0].all())  # what classifies a row is its first column
-        judged = _shifted(labels) != IGNORE
-        if self.lm_head is None:
-            judged = judged | (labels != IGNORE)
-        return bool((judged & (mask == 0)).any())
-
-    def _fed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What of a batch the stack is fed."""
-        names = (self.recorder.arguments & batch.keys()) - {*OURS, *self.targets}
-        return {name: batch[name] for name in sorted(names)}
-
-    # --- 1. dividing the rows -------------------------------------------------------------------------------
-
-    def divide(self, cone: Cone, batch: Mapping[str, Any]) -> Rows:
-        """How little of each row has to be computed."""
-        fed = self._fed(batch)
-        host = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor)}
-        ids = host["input_ids"]
-        real = host["attention_mask"].bool() if "attention_mask" in host else torch.ones_like(ids, dtype=torch.bool)
-        masks = self._masks(cone, host)
-        starts = real.int().argmax(1)
-        parts = self._parts(cone, host, masks, real, starts) if self._simple(host, real) else None
-        if parts is None:
-            rows = [b"".join(name.encode() + _of_row(host[name], real, i) for name in fed) for i in range(len(real))]
-            return Rows(fed, rows, Layout.whole(real), masks, starts.tolist(), real.sum(1).tolist(), divided=False)
-        first, last = starts.tolist(), parts[1].tolist()
-        rows = [content(row[start : start + n].long()) for row, start, n in zip(ids, first, last, strict=True)]
-        return Rows(fed, rows, Layout.behind(parts[0].tolist(), last, first), masks, first, last, divided=True)
-
-    def _masks(self, cone: Cone, host: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """By the id of each rule in the stack, what it selects of a batch."""
-        rules = {id(p.node.positions): p.node.positions for p in (*cone.constant, *cone.inside)}
-        call = Call(
-            host.get("labels"), host.get("prompt_mask"), {name: host[name] for name in self.targets & host.keys()}
-        )
-        rows, columns = host["input_ids"].shape
-        with self.layer.calling(call):
-            frame = self.layer.frame(self.info, host, (rows, columns), list(rules.values()))
-        tokens = frame.tokens(torch.empty(rows, columns, 0))
-        return {key: rule.mask(tokens) for key, rule in rules.items()}
-
-    def _simple(self, host: Mapping[str, Tensor], real: Tensor) -> bool:
-        """Whether each row is one run of tokens, whose positions count from its first, and nothing else is fed."""
-        if self._fed(host).keys() - {"input_ids", "attention_mask", "position_ids"} or not bool(real.any(1).all()):
-            return False
-        ranks = real.long().cumsum(1) - 1
-        if bool((real[:, 1:] & ~real[:, :-1] & (ranks[:, 1:] > 0)).any()):
-            return False
-        positions = host.get("position_ids", torch.arange(real.shape[1]).expand_as(real))
-        return positions.shape == real.shape and bool((positions == ranks)[real].all())
-
-    def _parts(
-        self, cone: Cone, host: Mapping[str, Tensor], masks: Mapping[int, Tensor], real: Tensor, starts: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
-        """How many tokens of each row come before all that a node or a label looks at, and before the end of that.
-
-        `None` where it is not worth it.
-        """
-        if self.why_no_prefix(cone) is not None or self._by_columns(cone, host):
-            return None
-        looked_at = [masks[id(p.node.positions)] for p in cone.inside]
-        if "labels" in host:
-            looked_at.append(_shifted(host["labels"]) != IGNORE)
-        needed = torch.stack(looked_at).any(0)
-        first = torch.where(needed.any(1), needed.int().argmax(1), real.shape[1])
-        seen = torch.stack([needed, *(masks[id(p.node.positions)] for p in cone.constant)]).any(0) & real
-        slots = [p.node.positions.bound or 0 for p in cone.inside if not p.edits]
-        room = max((n + 1 for n in slots if n > 1), default=1)  # else slots would be columns, see `Positions.pick`
-        last = (seen * torch.arange(1, real.shape[1] + 1)).amax(1) - starts
-        lengths = last.clamp(min=room).minimum(real.sum(1))
-        prefixes = (first - starts).minimum(lengths - room).clamp(min=0)
-        return (prefixes, lengths) if int(prefixes.sum()) * WORTH >= int(lengths.sum()) else None
-
-    def _by_columns(self, cone: Cone, host: Mapping[str, Tensor]) -> bool:
-        """Whether several tokens a row of a constant reader meet targets, or a gate, of those that are computed."""
-        sources = {planned.node.source for planned in cone.inside}
-        several = [planned.node for planned in cone.constant if planned.node.positions.bound != 1]
-        return any(node.name in sources or getattr(node.intervention, "target", None) in host for node in several)
 
     # --- 3. the part that the graph can change --------------------------------------------------------------
 
@@ -388,9 +219,9 @@ class Replay:
                     pass
                 return extend(BaseModelOutput(), Call(readings=run.readings).named(), targets)
             given = {name: batch[name] for name in OURS if name in batch}
-            if labels is None or self.lm_head is None:
+            if labels is None or self.limits.lm_head is None:
                 return self.base(**inputs, **targets, **given)
-            return self._with_label_rows(self.lm_head, rows, inputs, targets, **given)
+            return self._with_label_rows(self.limits.lm_head, rows, inputs, targets, **given)
 
     @contextmanager
     def _skipping(self, cut: int, hidden: Tensor, inputs: Mapping[str, Any]) -> Iterator[None]:
@@ -454,8 +285,8 @@ class Replay:
     ) -> Any:
         """The model's output with its loss, logits being computed where there is a label alone."""
         layout = rows.layout
-        shifted = layout.pick(_shifted(labels)).masked_fill(~layout.real.to(labels.device), IGNORE).flatten()
-        where = (shifted != IGNORE).nonzero()[:, 0]
+        wanted = layout.pick(shifted(labels)).masked_fill(~layout.real.to(labels.device), IGNORE).flatten()
+        where = (wanted != IGNORE).nonzero()[:, 0]
         handle = lm_head.register_forward_pre_hook(partial(_only, where))
         try:
             out = self.base(**inputs, **targets)
@@ -464,13 +295,13 @@ class Replay:
         adapters = self.layer.side_by_side(labels)
         counts = [len(where)]
         if adapters:  # rows come one adapter after the other
-            share = shifted.numel() // len(adapters)
+            share = wanted.numel() // len(adapters)
             counts = torch.bincount(where // share, minlength=len(adapters)).tolist()
         parts = [
             self.base.loss_function(  # type: ignore[operator]
                 logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=of_logits, **loss_options
             )
-            for logits, of_logits in zip(out.logits.split(counts, 1), shifted[where].split(counts), strict=True)
+            for logits, of_logits in zip(out.logits.split(counts, 1), wanted[where].split(counts), strict=True)
         ]
         loss = parts[0]
         if adapters:
@@ -502,11 +333,6 @@ def _only(where: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[T
     return (args[0].flatten(0, 1)[where.to(args[0].device)][None],)
 
 
-def _shifted(labels: Tensor) -> Tensor:
-    """The label that each column predicts."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-
-
 def _laid_out(hidden: list[Tensor], rows: Rows) -> Tensor:
     """[tokens width] of each row -> [rows computed width]; what fills up the rows is zero."""
     if rows.divided:
@@ -515,42 +341,3 @@ def _laid_out(hidden: list[Tensor], rows: Rows) -> Tensor:
     out = hidden[0].new_zeros((*real.shape, hidden[0].shape[-1]))
     out[real] = torch.cat(hidden)
     return out
-
-
-def _of_row(value: Tensor, real: Tensor, i: int) -> bytes:
-    """The content of one row, without its padding; with where its tokens stand, if that is not at the beginning."""
-    if value.shape != real.shape:
-        return content(value[i])
-    first = real[i].nonzero()[:, 0]
-    at_beginning = len(first) == 0 or int(first[-1]) == len(first) - 1
-    return content(value[i][real[i]]) + (b"" if at_beginning else content(first))
-
-
-def _fed_stack(base: nn.Module, seq2seq: bool) -> StackInfo:
-    fed = [stack for stack in stacks(base) if not seq2seq or stack.role == "encoder"]
-    if len(fed) != 1:
-        raise ValueError(f"activations can be reused in models with one stack of blocks that is fed, not {len(fed)}")
-    return fed[0]
-
-
-def _recurrent(config: Any) -> bool:
-    kinds = getattr(config, "layer_types", None) or ()
-    return any("attention" not in kind or "linear" in kind for kind in kinds)
-
-
-def _is_base(name: str) -> bool:
-    return not name.startswith("interventions.")
-
-
-def _random_settings(base: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Where modules keep the probability of something random that they do in training mode."""
-    for path, module in base.named_modules():
-        if _is_base(f"{path}."):
-            for name, value in vars(module).items():
-                named = (
-                    "drop" in name
-                    or "jitter" in name
-                    or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
-                )
-                if named and isinstance(value, float):
-                    yield module, name

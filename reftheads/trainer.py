@@ -150,7 +150,7 @@ class InterventionTrainer(Trainer):
             self._replay = self._new_replay(own, inputs)
             self._described = own.get_base_model(), own.training
         elif own.training and not self._described[1]:  # described before an evaluation; dropout may be active now
-            if self._replay is not None and self._replay.why_plain() is not None:
+            if self._replay is not None and self._replay.limits.why_plain() is not None:
                 self.reuse_summary = describe(self._replay)
             self._described = self._described[0], True
         return nullcontext() if self._replay is None else own.reusing(self._replay)
@@ -162,7 +162,7 @@ class InterventionTrainer(Trainer):
         except ValueError as error:
             self.reuse_summary = f"reuse  nothing: {error}"
             return None
-        if replay.why_plain() is not None:
+        if replay.limits.why_plain() is not None:
             self.reuse_summary = describe(replay)
             return replay
         with self.accelerator.autocast():

@@ -24,6 +24,8 @@ ROWS = [
     {"checkpointing"},
     {"runtime"},
     {"generate", "record"},
+    {"limits"},
+    {"division"},
     {"tuner", "replay"},
     {"forecast"},
     {"model"},

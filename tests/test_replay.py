@@ -25,7 +25,7 @@ from transformers.integrations.neftune import activate_neftune
 from transformers.loss import loss_utils
 
 import reftheads as rh
-from reftheads import record, replay
+from reftheads import limits, record
 from reftheads.positions import Positions
 from reftheads.store import ActivationStore
 
@@ -64,7 +64,7 @@ def causal_loss(function: Any) -> Iterator[None]:
     """Within, causal language models have this loss, and it is taken for the usual one."""
     with (
         mock.patch.dict(loss_utils.LOSS_MAPPING, ForCausalLM=function),
-        mock.patch.object(replay, "ForCausalLMLoss", function),
+        mock.patch.object(limits, "ForCausalLMLoss", function),
     ):
         yield
 
@@ -190,7 +190,7 @@ def check_exact(model: rh.InterventionModel, batch: dict[str, Any], rtol: float 
     plain = step(model, batch)
     store = ActivationStore(2**30)
     with model.reusing(store) as used:
-        assert used(batch) is not None, used.why_plain()
+        assert used(batch) is not None, used.limits.why_plain()
         check(step(model, batch), plain, rtol)
         store.hits = store.misses = 0
         check(step(model, batch), plain, rtol)
@@ -210,7 +210,7 @@ def check_plain(model: rh.InterventionModel, batch: dict[str, Any]) -> Any:
         assert used(batch) is None
         check(step(model, batch), plain, 0)
         assert not len(store)
-        return used.why_plain()
+        return used.limits.why_plain()
 
 
 @contextmanager
@@ -312,8 +312,8 @@ def test_an_unusual_decoder_has_the_plain_gradients_and_says_what_is_not_reused(
     model, batch = intervened(from_config(kind(**options)), loreft(-2), loreft(-1), head(0)), usual_batch(targets=True)
     check_exact(model, batch, rtol=1e-6 if name in ("attention in float32", "biases by distance") else 1e-10)
     with model.reusing(None) as used:
-        given = used.why_no_prefix(used.cone)
-        assert (given is None) == (reason is None) == used.divide(used.cone, batch).divided
+        given = used.limits.why_no_prefix(used.cone)
+        assert (given is None) == (reason is None) == used.division.rows(used.cone, batch).divided
         assert reason is None or reason in given
 
 
@@ -340,7 +340,7 @@ def test_an_encoder_with_a_classifier_skips_the_blocks_below_the_edit(name: str,
     batch.pop("prompt_mask")
     check_exact(model, batch)
     with model.reusing(ActivationStore(2**30)) as used:
-        assert used.why_no_layers(used.cone) is None and used.cone.cut == 2
+        assert used.limits.why_no_layers(used.cone) is None and used.cone.cut == 2
         step(model, batch)
         lowest = [m for m in blocks_of(model)[0].modules() if isinstance(m, nn.Linear)]
         with counted(*lowest) as seen:
@@ -377,7 +377,7 @@ def test_an_encoder_decoder_model_has_the_plain_gradients(make: Any, stack: Any)
     batch = batch | {"labels": labels, "decoder_attention_mask": torch.ones_like(labels)}
     check_exact(model, batch)
     with model.reusing(ActivationStore(2**30)) as used:
-        reason = used.why_no_layers(rh.cone.Cone.of(model.plan().nodes, used.info))
+        reason = used.limits.why_no_layers(rh.cone.Cone.of(model.plan().nodes, used.info))
         assert (reason == "blocks hand on more than the hidden state") == (make is tiny_t5)
         assert (used.cone.cut > 0) == (make is tiny_bart)
 
@@ -752,9 +752,9 @@ def test_noise_on_the_embeddings_is_random_in_every_step() -> None:
     model, batch = intervened(base_of("llama"), loreft(1)), usual_batch()
     handle = activate_neftune(model, 5.0)
     with model.reusing(ActivationStore(2**30)) as used:
-        assert "noise" in used.why_plain()
+        assert "noise" in used.limits.why_plain()
         assert len({float(model(**batch).loss.detach()) for _ in range(3)}) == 3
-        assert used.why_plain() is not None and model.eval() and used.why_plain() is None
+        assert used.limits.why_plain() is not None and model.eval() and used.limits.why_plain() is None
     handle.remove()
 
 
@@ -828,7 +828,7 @@ def test_batch_norms_in_training_mode_take_the_plain_path() -> None:
     model = intervened(base, loreft(1))
     batch, store = usual_batch(), ActivationStore(2**30)
     with model.reusing(store) as used:
-        assert "batch norms" in used.why_plain() and used(batch) is None
+        assert "batch norms" in used.limits.why_plain() and used(batch) is None
 
 
 def test_the_loss_of_a_router_takes_the_plain_path() -> None:
