@@ -17,7 +17,6 @@ import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -369,22 +368,18 @@ class Interventions(nn.Module, BaseTunerLayer):
         module = node.module
         value = module(node.params, h.to(node.dtype or h.dtype), context or _PLAIN[module.training])
         valid = selection.validity(h)
-        value = torch.where(valid[..., None], value, torch.zeros_like(value))
+        owned = {node.key: valid}
+        if isinstance(module, SideBySide):
+            whose = torch.arange(len(h), device=h.device)[:, None] // (len(h) // len(module.keys))
+            owned = {key: valid & (whose == i) for i, key in enumerate(module.keys)}
         single = node.planned.node.positions.bound == 1
         assert isinstance(module.intervention, Reader)
-        reading = Reading(module.intervention, value, valid, selection.columns, length, single)
-        if isinstance(module, SideBySide):
-            owner = torch.arange(len(module.keys), device=h.device).repeat_interleave(len(h) // len(module.keys))[
-                :, None
-            ]
-            run.readings.update(
-                {key: replace(reading, valid=valid & (owner == i)) for i, key in enumerate(module.keys)}
-            )
-        else:
-            run.readings[node.key] = reading
-        if single and self.generation is not None:
-            sources = self.generation.sources
-            sources[node.key] = Source(value, valid).since(sources.get(node.key))
+        for key, own in owned.items():
+            seen = torch.where(own[..., None], value, torch.zeros_like(value))
+            run.readings[key] = Reading(module.intervention, seen, own, selection.columns, length, single)
+            if single and self.generation is not None:
+                sources = self.generation.sources
+                sources[key] = Source(seen, own).since(sources.get(key))
 
     def _source(self, run: Run, node: Acting) -> Source:
         key = (node.key[0], str(node.planned.node.source))

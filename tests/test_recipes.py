@@ -63,3 +63,15 @@ def test_pretraining_is_deterministic_and_writes_a_model_that_loads(tmp_path):
 
 def test_the_benchmark_prints_its_tables():
     assert "import reftheads" in run("benchmark.py", "import")
+
+
+def test_a_sweep_prints_its_grid_and_writes_a_plot_and_all_figures(tmp_path):
+    shown = run(
+        "sweep.py", "--ranks", "1", "--rates", "1e-2", "--seeds", "0,1", "--steps", 5, "--out", tmp_path / "out"
+    )
+    assert "mean ± deviation of 2 seeds" in shown and "an extrapolation" in shown and "train_runtime" not in shown
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"sweep.json", "sweep.png"}
+    assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    figures = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [(r["rank"], r["learning_rate"], r["seed"]) for r in figures["results"]] == [(1, 1e-2, 0), (1, 1e-2, 1)]
+    assert all(r["eval_loss"] > 0 and 0 <= r["emoji_only"] <= 1 for r in figures["results"])
