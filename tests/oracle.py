@@ -1,9 +1,19 @@
-"""What an edit should do, said as simply as possible: one row at a time, no padding, no cache, columns in lists."""
+"""What an edit should do, said as simply as possible: one row at a time, no padding, no cache, columns in lists.
 
-from collections.abc import Callable, Sequence
+And a language model's loss without rounding, for comparisons in float64.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.loss import loss_utils
+
+from reftheads import limits
 
 Formula = Callable[[Tensor], Tensor]
 """Hidden states [tokens width] -> edited hidden states, for every token."""
@@ -84,3 +94,29 @@ def pad(rows: Sequence[Sequence[int]], side: str) -> dict[str, Tensor]:
 def real(values: Tensor, mask: Tensor) -> list[Tensor]:
     """Of every row of [rows columns …], what lies at real tokens."""
     return [row[there.bool()] for row, there in zip(values, mask, strict=True)]
+
+
+def exact_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Any = None,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' loss of a causal language model, without its conversion to float32."""
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    loss = F.cross_entropy(logits.reshape(-1, vocab_size), shift_labels.reshape(-1), reduction="sum")
+    return loss / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+@contextmanager
+def causal_loss(function: Any) -> Iterator[None]:
+    """Within, causal language models have this loss, and it is taken for the usual one."""
+    with (
+        mock.patch.dict(loss_utils.LOSS_MAPPING, ForCausalLM=function),
+        mock.patch.object(limits, "ForCausalLMLoss", function),
+    ):
+        yield

@@ -14,18 +14,18 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import LAYERS, randomise, tiny_bart, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_t5
+from oracle import causal_loss, exact_loss
 from test_architectures import CASES, CAUSAL, GQA, SMALL, WIDE
 from torch import Tensor, nn
 from transformers.integrations.neftune import activate_neftune
 from transformers.loss import loss_utils
 
 import reftheads as rh
-from reftheads import limits, record
+from reftheads import record
 from reftheads.positions import Positions
 from reftheads.store import ActivationStore
 
@@ -41,32 +41,6 @@ TRANSFORMERS_LOSS = loss_utils.ForCausalLMLoss
 
 
 # --- batches, models, comparison --------------------------------------------------------------------------
-
-
-def exact_loss(
-    logits: Tensor,
-    labels: Tensor | None,
-    vocab_size: int,
-    num_items_in_batch: Any = None,
-    shift_labels: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """transformers' loss of a causal language model, without its conversion to float32."""
-    if shift_labels is None:
-        assert labels is not None
-        shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    loss = F.cross_entropy(logits.reshape(-1, vocab_size), shift_labels.reshape(-1), reduction="sum")
-    return loss / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
-
-
-@contextmanager
-def causal_loss(function: Any) -> Iterator[None]:
-    """Within, causal language models have this loss, and it is taken for the usual one."""
-    with (
-        mock.patch.dict(loss_utils.LOSS_MAPPING, ForCausalLM=function),
-        mock.patch.object(limits, "ForCausalLMLoss", function),
-    ):
-        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

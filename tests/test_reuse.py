@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers as tf
 from models import random_ids, randomise, tiny_gemma3, tiny_gpt2, tiny_llama
-from test_replay import causal_loss, exact_loss
+from oracle import causal_loss, exact_loss
 from test_trainer import arguments, weights
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import randomise, tiny_llama, tiny_t5
-from test_replay import causal_loss, exact_loss
+from oracle import causal_loss, exact_loss
 from test_reuse import llama, rows_of
 from test_trainer import arguments
 from torch import Tensor, nn
