@@ -47,6 +47,10 @@ class Forecast:
         plain, recording, replaying, stored, rows = (sum(values) for values in zip(*parts, strict=True))
         return cls(plain, recording, replaying, int(stored), int(rows))
 
+    def bytes_of(self, rows: int) -> int:
+        """What is to be kept of so many rows like these."""
+        return self.stored * rows // self.rows
+
 
 @dataclass(frozen=True)
 class _Costs:

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -18,6 +17,7 @@ from reftheads.forecast import Forecast, describe
 from reftheads.losses import IGNORE
 from reftheads.model import InterventionModel
 from reftheads.replay import Replay
+from reftheads.reuse import choose_store
 from reftheads.runtime import Interventions
 from reftheads.store import ActivationStore
 
@@ -172,8 +172,16 @@ class InterventionTrainer(Trainer):
             return None
         batches = self._sample()
         self.reuse_summary = describe(replay, batches)
-        replay.recorder.store, chosen = self._store(Forecast.of(replay, batches) if batches else None)
-        self.reuse_summary += f"\nstore    {chosen}"
+        rows: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        size = Forecast.of(replay, batches).bytes_of(len(rows)) if batches else None
+        replay.recorder.store, why = choose_store(
+            self.reuse,  # type: ignore[arg-type]
+            size,
+            folder=os.path.join(str(self.args.output_dir), "activations"),
+            seen_once=bool(batches) and self._seen_once(len(rows)),
+            device=self.args.device,
+        )
+        self.reuse_summary += f"\nstore    {why}"
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             print(self.reuse_summary)
         return replay
@@ -190,45 +198,12 @@ class InterventionTrainer(Trainer):
             batches = [collate(some[i : i + size]) for i in range(0, len(some), size)]
         return [self._prepare_inputs(batch) for batch in batches]
 
-    def _store(self, forecast: Forecast | None) -> tuple[ActivationStore | None, str]:
-        """A store, and why this one.
-
-        Args:
-            forecast: of some rows; `None` where only running through them would show them.
-        """
-        folder = os.path.join(str(self.args.output_dir), "activations")
-        if isinstance(self.reuse, ActivationStore):
-            return self.reuse, "as given"
-        if forecast is None:
-            if self.reuse == "disk":
-                return ActivationStore(folder=folder), f"disk: in {folder}"
-            if self.reuse == "memory":
-                return self._store_in_memory(0), "memory"
-            return None, "none: how many rows there are is not known"
-        rows = len(self.train_dataset if self.train_dataset is not None else self.eval_dataset)  # type: ignore[arg-type]
-        size = forecast.stored * rows // forecast.rows
-        if self.reuse == "disk":
-            return ActivationStore(folder=folder), f"disk: about {_megabytes(size)} in {folder}"
-        store = self._store_in_memory(size)
-        steps = self.args.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        steps *= self.args.world_size
-        once = 0 < steps <= rows if self.args.max_steps > 0 else self.args.num_train_epochs <= 1
-        about = f"about {_megabytes(size)} of {rows:,} rows, {_megabytes(store.budget)} may be taken"
-        if self.reuse == "auto" and once:
-            return None, "none: every row is seen once"
-        if self.reuse == "auto" and size > store.budget:
-            return None, f"none: {about}; reuse='disk' keeps them in files"
-        return store, f"memory: {about}"
-
-    def _store_in_memory(self, size: int) -> ActivationStore:
-        """Where the model is, if half of what is free there suffices; else in main memory."""
-        device = self.args.device
-        if device.type == "cuda":
-            budget = torch.cuda.mem_get_info(device)[0] // 2
-            if size <= budget:
-                return ActivationStore(budget)
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each has a store of its own
-        return ActivationStore(psutil.virtual_memory().available // 2 // processes, device="cpu")
+    def _seen_once(self, rows: int) -> bool:
+        """Whether training ends before it comes to a row for the second time."""
+        if self.args.max_steps <= 0:
+            return self.args.num_train_epochs <= 1
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return self.args.max_steps * step <= rows
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -290,7 +265,3 @@ def _columns(dataset: Any) -> list[str] | None:
         return getattr(dataset, "column_names", None)
     row = dataset[0]
     return list(row) if isinstance(row, Mapping) else None
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"

@@ -27,7 +27,7 @@ ROWS = [
     {"limits"},
     {"division"},
     {"tuner", "replay"},
-    {"forecast"},
+    {"forecast", "reuse"},
     {"model"},
     {"data", "presets", "loading"},
     {"chat", "trainer"},

@@ -325,7 +325,7 @@ def test_what_was_reused_stands_beside_the_loss(tokenizer, rows, tmp_path):
 
 def test_auto_takes_memory_where_rows_are_seen_again(tokenizer, rows, tmp_path, capsys):
     trained = fit(tokenizer, rows, tmp_path, "auto", options={"disable_tqdm": False})
-    assert "store    memory: about 0.0 MB of 10 rows" in trained.reuse_summary
+    assert "store    memory: about 0.0 MB is to be kept, " in trained.reuse_summary
     assert trained.reuse_summary in capsys.readouterr().out
 
 
@@ -341,9 +341,9 @@ def test_auto_keeps_nothing_of_rows_that_are_seen_once(tokenizer, rows, tmp_path
 
 def test_auto_keeps_nothing_that_does_not_fit(tokenizer, rows, tmp_path, monkeypatch):
     free = psutil.virtual_memory()._replace(available=4000)
-    monkeypatch.setattr(trainer_module.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     trained = fit(tokenizer, rows, tmp_path / "auto", "auto")
-    assert "store    none: about 0.0 MB of 10 rows, 0.0 MB may be taken; reuse='disk' keeps" in trained.reuse_summary
+    assert "store    none: about 0.0 MB is to be kept, 0.0 MB may be taken; reuse='disk' keeps" in trained.reuse_summary
     assert apart(trained, fit(tokenizer, rows, tmp_path / "off", "off")) < 1e-5
     forced = fit(tokenizer, rows, tmp_path / "memory", "memory")
     assert 0 < store_of(forced).bytes <= 2000 and store_of(forced).evictions > 0
