@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from reftheads.chat import chat, reply
 from reftheads.data import Collator, encode_chat, encode_pairs
 from reftheads.graph import InterventionGraph
-from reftheads.heads import LinearHead
+from reftheads.heads import LinearHead, MLPHead
 from reftheads.interventions import ConsReFT, DiReFT, LobiReFT, LoReFT, LowRank, NoDiReFT, NoReFT, ScaleAndBias
 from reftheads.loading import load_base
 from reftheads.lora import LoRA
@@ -15,6 +15,7 @@ from reftheads.model import InterventionModel
 from reftheads.nodes import Context, Edit, Head, Node, Reader, Shape
 from reftheads.plan import compile_graph
 from reftheads.positions import Positions, Tokens
+from reftheads.presets import preset
 from reftheads.sites import Site
 from reftheads.steering import Ablate, Collect, Gated, Replace, Steering
 from reftheads.store import ActivationStore
@@ -31,9 +32,9 @@ _LATE = {"InterventionTrainer": "reftheads.trainer", "Trial": "reftheads.sweeps"
 __all__ = [
     "Ablate", "ActivationStore", "Collator", "Collect", "ConsReFT", "Context", "DiReFT", "Edit", "Gated", "Head",
     "InterventionConfig", "InterventionGraph", "InterventionModel", "InterventionTrainer", "LinearHead", "LoRA",
-    "LoReFT", "LobiReFT", "LowRank", "NoDiReFT", "NoReFT", "Node", "Positions", "Reader", "Replace", "ScaleAndBias",
-    "Shape", "Site", "Steering", "Tokens", "Trial", "chat", "compile_graph", "encode_chat", "encode_pairs",
-    "load_base", "losses", "reply", "sweep",
+    "LoReFT", "LobiReFT", "LowRank", "MLPHead", "NoDiReFT", "NoReFT", "Node", "Positions", "Reader", "Replace",
+    "ScaleAndBias", "Shape", "Site", "Steering", "Tokens", "Trial", "chat", "compile_graph", "encode_chat",
+    "encode_pairs", "load_base", "losses", "preset", "reply", "sweep",
 ]  # fmt: skip
 
 

@@ -134,7 +134,7 @@ class Collator:
 
     `input_ids` are padded with the tokenizer's pad token, masks with 0, `labels` and other columns that
     run along the tokens with -100 (floats: NaN, which losses take for missing). Columns with one number
-    a row become a vector.
+    a row become a vector, columns with another number than there are tokens, the same in every row, a matrix.
 
     Args:
         tokenizer: for its pad token.
@@ -163,18 +163,20 @@ class Collator:
         length = max(len(row["input_ids"]) for row in rows)
         multiple = self.pad_to_multiple_of or 1
         length = -(-length // multiple) * multiple
-        return {name: self._column(name, [row[name] for row in rows], length) for name in rows[0]}
+        counts = [len(row["input_ids"]) for row in rows]
+        return {name: self._column(name, [row[name] for row in rows], length, counts) for name in rows[0]}
 
-    def _column(self, name: str, values: list[Any], length: int) -> Shaped[Tensor, "batch ..."]:
+    def _column(self, name: str, values: list[Any], length: int, counts: list[int]) -> Shaped[Tensor, "batch ..."]:
         tensors = [torch.as_tensor(value) for value in values]
-        if tensors[0].ndim == 0:
+        alike = all(tensor.shape == tensors[0].shape for tensor in tensors)
+        if tensors[0].ndim == 0 or (alike and any(len(t) != n for t, n in zip(tensors, counts, strict=True))):
             return torch.stack(tensors)
         fill: float = 0 if name in ("attention_mask", "prompt_mask", "token_type_ids", "position_ids") else IGNORE
         if name == "input_ids":
             fill = self.tokenizer.pad_token_id  # type: ignore[assignment]
         if tensors[0].is_floating_point():
             fill = float("nan")
-        tensors.append(tensors[0].new_full((length,), fill))  # type: ignore[arg-type]
+        tensors.append(tensors[0].new_full((length, *tensors[0].shape[1:]), fill))  # type: ignore[arg-type]
         return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=self.padding_side)[:-1]
 
 

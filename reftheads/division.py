@@ -14,6 +14,7 @@ from reftheads.fingerprint import content
 from reftheads.layout import Layout, Rows
 from reftheads.limits import Limits
 from reftheads.losses import IGNORE
+from reftheads.nodes import Head, Node, Reader
 from reftheads.run import Call
 
 WORTH = 8  # prefixes are left out where they make at least one in so many of a batch's tokens
@@ -37,6 +38,17 @@ class Division:
     def targets(self) -> set[str]:
         """The columns of a batch that heads are trained on."""
         return {name for plan in self.layer.plans.values() for name in plan.targets}
+
+    def by_token(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The targets of a batch of which each column has its own."""
+        shape = batch["input_ids"].shape
+        wide = {head.target for head in self._heads() if head.target_width is not None}
+        given = {name: batch[name] for name in self.targets & batch.keys()}
+        return {name: t for name, t in given.items() if t.shape[:2] == shape and t.ndim == 2 + (name in wide)}
+
+    def _heads(self) -> list[Head]:
+        every = (p.node.intervention for plan in self.layer.plans.values() for p in plan.nodes)
+        return [what for what in every if isinstance(what, Head)]
 
     def understands(self, batch: Mapping[str, Any]) -> bool:
         """Whether a batch is one of tokens, row by row, and asks for nothing but losses and predictions."""
@@ -130,8 +142,14 @@ class Division:
     def _by_columns(self, cone: Cone, host: Mapping[str, Tensor]) -> bool:
         """Whether several tokens a row of a constant reader meet targets, or a gate, of those that are computed."""
         sources = {planned.node.source for planned in cone.inside}
-        several = [planned.node for planned in cone.constant if planned.node.positions.bound != 1]
+        if any(head.shift and head.target in host for head in self._heads()):
+            return True  # the target of the last token that is computed stands behind it
+        several = [p.node for p in cone.constant if p.node.positions.bound != 1 and not _pools(p.node)]
         return any(node.name in sources or getattr(node.intervention, "target", None) in host for node in several)
+
+
+def _pools(node: Node) -> bool:
+    return isinstance(node.intervention, Reader) and node.intervention.pools
 
 
 def shifted(labels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from reftheads.nodes import Intervention, Node, Reader
+from reftheads.nodes import Head, Intervention, Node, Reader
 from reftheads.positions import Positions
 
 
@@ -20,7 +20,8 @@ class InterventionGraph:
 
     Raises:
         ValueError: no nodes, a name twice, a source that is missing, does not read or has another number of
-            outputs than is needed, a cycle of sources, nodes that share parameters of different definitions.
+            outputs than is needed, a cycle of sources, nodes that share parameters of different definitions,
+            heads that take the numbers of one target for different things.
     """
 
     nodes: tuple[Node, ...]
@@ -33,6 +34,7 @@ class InterventionGraph:
                 raise ValueError(f"an intervention graph is made of Nodes, got {node!r}")
         object.__setattr__(self, "nodes", _named(nodes))
         self._check_sources()
+        self._check_targets()
         shared: dict[str, Intervention] = {}
         for node in self.nodes:
             if not _same(first := shared.setdefault(node.key, node.intervention), node.intervention):
@@ -99,10 +101,31 @@ class InterventionGraph:
                     f"node {node.name!r} reads {source.name!r}, which has outputs={given}: "
                     f"name a source with outputs={wanted}"
                 )
+            if source.intervention.pools:
+                raise ValueError(
+                    f"node {node.name!r} reads {source.name!r}, which pools all its tokens, later ones included: "
+                    "name a head with pool=None"
+                )
             if source.positions != node.positions and source.positions.bound != 1:
                 raise ValueError(
                     f"node {node.name!r} at positions {node.positions} reads {source.name!r} at {source.positions}: "
                     "a source selects one token a row, or the same tokens as its reader"
+                )
+
+    def _check_targets(self) -> None:
+        first: dict[str, Node] = {}
+        for node in self.nodes:
+            head = node.intervention
+            if not isinstance(head, Head) or head.target is None or head.kind is None:
+                continue
+            other = first.setdefault(head.target, node)
+            assert isinstance(other.intervention, Head)
+            here, there = ((h.kind, h.target_width) for h in (head, other.intervention))
+            one_meaning = {here, there} == {("classes", None), ("probabilities", None)}
+            if here != there and not one_meaning:
+                raise ValueError(
+                    f"heads {other.name!r} and {node.name!r} take the target {head.target!r} for {there[0]} and for "
+                    f"{here[0]}, {_each(there[1])} and {_each(here[1])}: give them losses of one kind, or a column each"
                 )
 
     @property
@@ -160,6 +183,10 @@ def replace_name(node: Node, name: str) -> Node:
         node.intervention, site.layer, site.component, node.positions,
         head=site.head, stack=site.stack, side=site.side, name=name, share=node.share, source=node.source,
     )  # fmt: skip
+
+
+def _each(width: int | None) -> str:
+    return f"{width or 'one'} a prediction"
 
 
 def _same(a: Intervention, b: Intervention) -> bool:

@@ -50,11 +50,13 @@ class Context:
         x: what entered the module, at the same tokens.
         source: the output of the node named as source, in the same slots or in one slot for all of them.
         training: whether dropout is active.
+        valid: which slots hold a token, for what reads; the others hold anything. `None`: all of them.
     """
 
     x: Float[Tensor, "batch slots input_width"] | None = None
     source: Float[Tensor, " batch #slots outputs"] | None = None
     training: bool = False
+    valid: Bool[Tensor, "batch slots"] | None = None
 
 
 class Intervention(ABC):
@@ -65,6 +67,7 @@ class Intervention(ABC):
     needs_source: bool = False  # cannot do without it
     source_outputs: int | None = None  # how many outputs that node must have; `None`: any number
     letters: Mapping[str, str] = {}  # the paper's letter -> the stored parameter that stands for it
+    lr: float | None = None  # the learning rate of its parameters; `None`: the trainer's
 
     @abstractmethod
     def parameters(self, shape: Shape) -> dict[str, Tensor]:
@@ -108,12 +111,17 @@ class Reader(Intervention):
 
     detach: bool = True
     outputs: int | None = None  # how many; `None`: that shows when it reads
+    pools: bool = False  # gives one slot a row, made of all that are valid
 
     @abstractmethod
     def read(
         self, p: Params, h: Float[Tensor, "batch slots width"], context: Context
-    ) -> Float[Tensor, "batch slots outputs"]:
+    ) -> Float[Tensor, " batch #slots outputs"]:
         """What the hidden states at the selected tokens give."""
+
+    def shown(self, value: Float[Tensor, "*items outputs"]) -> Float[Tensor, "*items outputs"]:
+        """What was read as users see it."""
+        return value
 
 
 class Head(Reader):
@@ -121,15 +129,30 @@ class Head(Reader):
 
     target: str | None
     weight: float
+    kind: str | None = None  # what its targets are, see `Loss`; heads with one target need one kind
+    target_width: int | None = None  # how many numbers a target is; `None`: one, without a dimension of its own
+    shift: bool = False  # whether a token's target is that of the next column
 
     @abstractmethod
     def loss_of(
         self,
         prediction: Float[Tensor, "batch slots outputs"],
-        target: Shaped[Tensor, "batch slots"],
+        target: Shaped[Tensor, "batch slots *target_width"],
         valid: Bool[Tensor, "batch slots"],
     ) -> Float[Tensor, ""]:
         """The mean loss over slots that are valid and have a target."""
+
+    def check(
+        self,
+        target: Shaped[Tensor, "*batch slots *target_width"],
+        where: str = "row {row}",
+        valid: Bool[Tensor, "*batch slots"] | None = None,
+    ) -> None:
+        """Raises `ValueError` for a target in a valid slot that cannot be, and says `where`, with its row put in."""
+
+    def has_target(self, target: Tensor) -> bool:
+        """Whether any of these targets is given."""
+        return True
 
 
 def _shown(value: Any) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, make_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
@@ -22,7 +23,7 @@ class Reading:
     """What a node read in one pass, zero in slots that are not valid."""
 
     reader: Reader
-    value: Float[Tensor, "batch slots outputs"]
+    value: Float[Tensor, "batch slots outputs"]  # before what is done to it for users
     valid: Bool[Tensor, "batch slots"]
     columns: Int[Tensor, "batch slots"] | None  # where they lie in the pass; None: slots are its columns
     length: int  # columns of the pass
@@ -31,7 +32,10 @@ class Reading:
     @property
     def shown(self) -> Float[Tensor, "batch *slots outputs"]:
         """As users see it: without the dimension of slots where there is one slot only."""
-        return self.value[:, 0] if self.single and self.value.shape[1] == 1 else self.value
+        value = self.reader.shown(self.value)
+        if value is not self.value:
+            value = value.masked_fill(~self.valid[..., None], 0)
+        return value[:, 0] if self.single and value.shape[1] == 1 else value
 
 
 def extend(output: Any, readings: dict[str, Reading], targets: dict[str, Tensor]) -> ModelOutput:
@@ -45,8 +49,8 @@ def extend(output: Any, readings: dict[str, Reading], targets: dict[str, Tensor]
     * `selected[name]`: Bool[batch slots], which slots hold a token; the others are zero.
 
     Raises:
-        ValueError: a model that was asked to return a tuple, or a target that is not a tensor of
-            matching shape.
+        ValueError: a model that was asked to return a tuple, a target that is not a tensor of
+            matching shape, or, on the CPU, holds what the head's loss has no meaning for.
     """
     if not isinstance(output, ModelOutput):
         raise ValueError("a graph that reads needs a named output: leave return_dict=False out")
@@ -78,19 +82,34 @@ def replaced(output: ModelOutput, **values: Any) -> ModelOutput:
 
 
 def _loss(name: str, reading: Reading, target: Shaped[Tensor, "batch ..."]) -> Float[Tensor, ""]:
-    assert isinstance(reading.reader, Head)
-    valid = reading.valid
-    target = target.to(valid.device)
-    shaped = target[:, None] if target.ndim == 1 and valid.shape[1] == 1 else target
-    if reading.columns is not None and shaped.shape == (len(valid), reading.length):
-        shaped = shaped.gather(1, reading.columns)
-    if shaped.shape != valid.shape:
+    head, valid = reading.reader, reading.valid
+    assert isinstance(head, Head)
+    if not isinstance(target, Tensor) or target.is_complex():
+        raise ValueError(f"target {head.target!r} of head {name!r} must be a tensor of numbers, got {target!r}")
+    width = () if head.target_width is None else (head.target_width,)
+    shaped = target[:, None] if target.ndim == 1 + len(width) and valid.shape[1] == 1 else target
+    columns = (len(valid), reading.length)
+    shaped = shaped.to(valid.device)
+    if head.shift:
+        if shaped.shape[:2] != columns:
+            raise ValueError(
+                f"head {name!r} has shift=True, so its target {head.target!r} must have the shape {columns} of the "
+                f"input (rows, columns), got {tuple(target.shape)}: give one target a token, or leave shift out"
+            )
+        shaped = shaped.roll(-1, 1)
+        at = torch.arange(reading.length, device=valid.device) if reading.columns is None else reading.columns
+        valid = valid & (at < reading.length - 1)
+    if reading.columns is not None and shaped.shape[:2] == columns:
+        shaped = shaped[torch.arange(len(valid), device=valid.device)[:, None], reading.columns]
+    if shaped.shape != (*valid.shape, *width):
         raise ValueError(
-            f"target {reading.reader.target!r} of head {name!r} has shape {tuple(target.shape)}, but the input "
-            f"{(len(valid), reading.length)} (rows, columns), of which the head reads {valid.shape[1]} a row: give one "
-            "target a column, or one a token that it reads"
+            f"target {head.target!r} of head {name!r} has shape {tuple(target.shape)}, but the input "
+            f"{columns} (rows, columns), of which the head reads {valid.shape[1]} a row: give one "
+            "target a column, or one a token that it reads" + (f", each of {width[0]} numbers" if width else "")
         )
-    return reading.reader.loss_of(reading.value, shaped, valid)
+    if shaped.device.type == "cpu":  # elsewhere a look at the values would wait for the device
+        head.check(shaped, valid=valid)
+    return head.loss_of(reading.value, shaped, valid)
 
 
 @cache

@@ -201,7 +201,7 @@ class Replay:
         labels = batch.get("labels")
         inputs = {name: value for name, value in batch.items() if name not in {*OURS, *targets}}
         if rows.divided:
-            by_token = {name: t for name, t in targets.items() if t.shape == batch["input_ids"].shape}
+            by_token = self.division.by_token(batch)
             targets = targets | {name: rows.layout.pick(t) for name, t in by_token.items()}
             inputs: dict[str, Any] = self.recorder.inputs(rows.layout.pick(batch["input_ids"]), rows.layout)
             past, room = rows.layout.past, rows.layout.real.shape[1]

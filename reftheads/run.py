@@ -35,12 +35,13 @@ class SideBySide:
         """Edits or reads `h` [adapters·rows slots width] with parameters that have a dimension of adapters."""
         assert p is not None
         share = (len(self.keys), -1)
-        x = None if context.x is None else context.x.unflatten(0, share)
-        act = torch.vmap(self._one, in_dims=(0, 0, None if x is None else 0), randomness="different")
-        return act(p, h.unflatten(0, share), x).flatten(0, 1)
+        x, valid = (None if t is None else t.unflatten(0, share) for t in (context.x, context.valid))
+        in_dims = (0, 0, None if x is None else 0, None if valid is None else 0)
+        act = torch.vmap(self._one, in_dims=in_dims, randomness="different")
+        return act(p, h.unflatten(0, share), x, valid).flatten(0, 1)
 
-    def _one(self, p: Params, h: Tensor, x: Tensor | None) -> Tensor:
-        return apply(self.intervention, p, h, Context(x, None, self.training))
+    def _one(self, p: Params, h: Tensor, x: Tensor | None, valid: Tensor | None) -> Tensor:
+        return apply(self.intervention, p, h, Context(x, None, self.training, valid))
 
 
 class Acting(NamedTuple):

@@ -17,6 +17,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -366,17 +367,20 @@ class Interventions(nn.Module, BaseTunerLayer):
     ) -> None:
         """Lets a node read the tokens `h` that `selection` gathered from a pass of `length` columns."""
         module = node.module
-        value = module(node.params, h.to(node.dtype or h.dtype), context or _PLAIN[module.training])
-        valid = selection.validity(h)
+        assert isinstance(module.intervention, Reader)
+        valid, columns = selection.validity(h), selection.columns
+        context = replace(context or _PLAIN[module.training], valid=valid)
+        value = module(node.params, h.to(node.dtype or h.dtype), context)
+        if module.intervention.pools:
+            valid, columns = valid.any(1, keepdim=True), None
         owned = {node.key: valid}
         if isinstance(module, SideBySide):
             whose = torch.arange(len(h), device=h.device)[:, None] // (len(h) // len(module.keys))
             owned = {key: valid & (whose == i) for i, key in enumerate(module.keys)}
-        single = node.planned.node.positions.bound == 1
-        assert isinstance(module.intervention, Reader)
+        single = node.planned.node.positions.bound == 1 or module.intervention.pools
         for key, own in owned.items():
             seen = torch.where(own[..., None], value, torch.zeros_like(value))
-            run.readings[key] = Reading(module.intervention, seen, own, selection.columns, length, single)
+            run.readings[key] = Reading(module.intervention, seen, own, columns, length, single)
             if single and self.generation is not None:
                 sources = self.generation.sources
                 sources[key] = Source(seen, own).since(sources.get(key))

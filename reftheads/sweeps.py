@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from reftheads.graph import InterventionGraph
 from reftheads.model import InterventionModel
 from reftheads.nodes import Head
-from reftheads.trainer import InterventionTrainer
+from reftheads.trainer import InterventionTrainer, own_rates
 
 
 @dataclass
@@ -53,7 +53,7 @@ def sweep(
     graph's cone of influence is recorded once, and above it the trials' rows go through the base model as one
     batch, each node with its weights stacked. Every trial has its own learning rate, optimiser state and clipping of
     gradients. Its weights are those of a run of its own with `args.learning_rate` set to its rate, and with the same
-    order of the data; dropout in nodes draws other numbers.
+    order of the data; dropout in nodes draws other numbers. A node with `lr` keeps that rate in every trial.
 
     Where the base model can reuse nothing (see `InterventionModel.plan_summary`) the trials take turns in every
     step, with the same result.
@@ -124,6 +124,7 @@ class _SweepTrainer(InterventionTrainer):
         ]
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[arg-type]
         self.optimizer = kind(groups, **options)
+        own_rates(self.optimizer, self.model)
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from reftheads.data import Collator, prompts_only
 from reftheads.forecast import Forecast, describe
 from reftheads.losses import IGNORE
 from reftheads.model import InterventionModel
+from reftheads.nodes import Head, NodeModule
 from reftheads.replay import Replay
 from reftheads.reuse import choose_store
 from reftheads.runtime import Interventions
@@ -30,6 +31,7 @@ class InterventionTrainer(Trainer):
     * Batches are padded by `Collator`, and keep `prompt_mask` and the heads' target columns.
     * The losses of heads are means, and stay so under gradient accumulation.
     * `predict_with_generate` feeds the prompts alone and compares what is generated from them.
+    * A node with a learning rate of its own, such as `LinearHead(…, lr=1e-3)`, gets a parameter group of its own.
     * A loss that is not finite stops the training before it reaches the weights.
     * A step computes only what the graph can change, and takes the rest from a store; see
       `InterventionModel.reusing`. What is reused is `reuse_summary`; how often the store had what was wanted, and
@@ -52,7 +54,8 @@ class InterventionTrainer(Trainer):
 
     Raises:
         ValueError: an empty dataset; a head whose target is no column of `train_dataset`, where its columns
-            are known before it is run through and `Collator` makes the batches; a tokenizer without pad token.
+            are known before it is run through and `Collator` makes the batches, a target there that its loss has no
+            meaning for (with its row and value), or none in any row; a tokenizer without pad token.
         FloatingPointError: a loss that is NaN or infinite.
     """
 
@@ -107,12 +110,22 @@ class InterventionTrainer(Trainer):
                         f"the target {target!r} of a head is no column of train_dataset, which has "
                         f"{', '.join(columns)}: add it to the rows, or give the head target=None"
                     )
+            heads = [p.node.intervention for name in layer.active_adapters for p in layer.plans[name].nodes]
+            for head in heads:
+                if isinstance(head, Head) and head.target is not None:
+                    _check_targets(head, train_dataset, "train_dataset")
+                    _check_targets(head, eval_dataset, "eval_dataset")
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             assert self._signature_columns is not None
             self._signature_columns += ["prompt_mask", *self._target_names]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        own_rates(optimizer, self.model)
+        return optimizer
 
     def compute_loss(
         self,
@@ -245,6 +258,60 @@ class InterventionTrainer(Trainer):
         ends = (new == self.processing_class.eos_token_id).long()
         behind = (ends.cumsum(1) - ends > 0) | ((new == pad) & (ends == 0))  # all but the end itself
         return loss, torch.where(behind, IGNORE, new), inputs.get("labels")
+
+
+def own_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Gives the parameters of nodes with a learning rate of their own a group with that rate."""
+    nodes = [module for module in model.modules() if isinstance(module, NodeModule)]
+    rates = {
+        id(p): node.intervention.lr for node in nodes if node.intervention.lr is not None for p in node.parameters()
+    }
+    for group in list(optimizer.param_groups):
+        for rate in dict.fromkeys(rates[id(p)] for p in group["params"] if id(p) in rates):
+            options = {name: value for name, value in group.items() if name != "params"}
+            moved = [p for p in group["params"] if rates.get(id(p)) == rate]
+            group["params"] = [p for p in group["params"] if rates.get(id(p)) != rate]
+            optimizer.add_param_group({**options, "params": moved, "lr": rate})
+
+
+def _check_targets(head: Head, dataset: Any, name: str) -> None:
+    """Raises `ValueError` for a row whose target cannot be, or if no row has one; on the CPU, before training."""
+    values = _values(dataset, str(head.target))
+    if not values:
+        return
+    if all(isinstance(value, int | float) for value in values):
+        target = torch.tensor(values)
+        head.check(target, f"row {{row}} of {name}")
+        given = head.has_target(target)
+    else:
+        given = any([_row_has_target(head, value, f"row {row} of {name}") for row, value in enumerate(values)])
+    if not given:
+        raise ValueError(
+            f"no row of {name} has a target {head.target!r}: fill the column, or give the head target=None"
+        )
+
+
+def _row_has_target(head: Head, value: Any, where: str) -> bool:
+    """Whether there is a target in one row; raises `ValueError` if it cannot be."""
+    try:
+        target = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"target {head.target!r} in {where} is {value!r}: give a number, or a list of numbers"
+        ) from None
+    if head.target_width is not None and (target.ndim == 0 or target.shape[-1] != head.target_width):
+        raise ValueError(
+            f"target {head.target!r} in {where} is {value!r}: give {head.target_width} numbers, one an output"
+        )
+    head.check(target, where)
+    return head.has_target(target)
+
+
+def _values(dataset: Any, column: str) -> Sequence[Any] | None:
+    """A column of a dataset; `None` if only running through all of its rows would show it."""
+    if isinstance(dataset, list | tuple):
+        return [row.get(column) for row in dataset]
+    return list(dataset[column]) if column in (getattr(dataset, "column_names", None) or ()) else None
 
 
 @contextmanager

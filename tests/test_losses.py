@@ -1,12 +1,13 @@
 """Losses against torch's own, over the items that have a target."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from reftheads.losses import IGNORE, losses, masked_mean
+from reftheads.losses import IGNORE, losses, masked_mean, quantile_loss
 
 NAN = math.nan
 
@@ -23,11 +24,18 @@ CASES = [
     ("mse", 1, torch.tensor([[7, IGNORE, 3], [0, -1, 2]]), [(0, 0), (1, 0), (1, 1), (1, 2)]),
     ("bce", 1, torch.tensor([[1, IGNORE, 1], [0, 1, IGNORE]]), [(0, 0), (1, 0), (1, 1)]),
     ("bce", 1, torch.tensor([[0.3, NAN, 1], [0, 1, NAN]]), [(0, 0), (1, 0), (1, 1)]),
+    ("bce", 1, torch.tensor([[0.3, -100.0, 1], [0, 1, NAN]]), [(0, 0), (1, 0), (1, 1)]),
+    ("mae", 1, torch.tensor([[0.5, NAN, 3], [0, -7.0, NAN]]), [(0, 0), (1, 0), (1, 1)]),
+    ("huber", 1, torch.tensor([[0.5, NAN, 3], [0, -7.0, NAN]]), [(0, 0), (1, 0), (1, 1)]),
+    ("gaussian_nll", 2, torch.tensor([[0.5, NAN, 3], [0, -7.0, NAN]]), [(0, 0), (1, 0), (1, 1)]),
 ]
 REFERENCE = {
     "cross_entropy": lambda p, t: F.cross_entropy(p, t.long()),
     "mse": lambda p, t: F.mse_loss(p[:, 0], t),
     "bce": lambda p, t: F.binary_cross_entropy_with_logits(p[:, 0], t),
+    "mae": lambda p, t: F.l1_loss(p[:, 0], t),
+    "huber": lambda p, t: F.huber_loss(p[:, 0], t),
+    "gaussian_nll": lambda p, t: F.gaussian_nll_loss(p[:, 0], t, p[:, 1].exp()),
 }
 
 
@@ -87,3 +95,57 @@ def test_what_is_missing_gives_no_gradient_even_where_the_loss_has_none():
     masked_mean(lambda p, t: (p[:, 0] - t).abs().sqrt(), p, target, VALID).backward()
     assert (p.grad[..., 0] != 0).tolist() == [[True, False, False], [False, True, True]]
     assert p.grad.isfinite().all()
+
+
+def test_several_labels_are_averaged_over_those_that_are_given():
+    p = prediction(4)[:, :2].clone().requires_grad_()
+    target = torch.tensor([[[0, 1, NAN, 1], [1, -100.0, 0, 0]], [[NAN] * 4, [1, 1, 1, 0]]])
+    given = ~target.isnan() & (target != -100)
+    given[1, 1] = False
+    loss = masked_mean(losses["multi_label"], p, target, torch.tensor([[True, True], [True, False]]))
+    expected = F.binary_cross_entropy_with_logits(p[given], target[given].double())
+    torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
+    loss.backward()
+    assert (p.grad != 0).equal(given)
+
+
+def test_class_weights_give_the_weighted_mean_of_torch():
+    p, target = prediction(4), torch.tensor([[1, IGNORE, 3], [0, 2, IGNORE]])
+    weights = (0.1, 0.7, 0.0, 0.2)
+    items = p[[0, 1, 1], [0, 0, 1]], torch.tensor([1, 0, 2])
+    expected = F.cross_entropy(*items, weight=torch.tensor(weights).double())
+    torch.testing.assert_close(
+        masked_mean(losses["cross_entropy"], p, target, VALID, class_weights=weights), expected, atol=1e-8, rtol=0
+    )
+    only_worthless = torch.full_like(target, 2)
+    assert masked_mean(losses["cross_entropy"], p, only_worthless, VALID, class_weights=weights) == 0
+
+
+def test_another_index_may_stand_for_no_target():
+    p, target = prediction(4), torch.tensor([[1, 0, 3], [0, 2, 0]])
+    expected = F.cross_entropy(p[[0, 1], [0, 1]], torch.tensor([1, 2]))
+    torch.testing.assert_close(masked_mean(losses["cross_entropy"], p, target, VALID, ignore=0), expected)
+
+
+def test_the_quantile_loss_is_least_at_the_quantiles_of_the_targets():
+    target = torch.arange(100.0, dtype=torch.float64)
+    guesses = torch.arange(0, 100, 0.5, dtype=torch.float64)
+    for q in (0.1, 0.5, 0.9):
+        loss = partial(quantile_loss, (q,))
+        values = torch.stack([loss(guess.expand(100, 1), target).mean() for guess in guesses])
+        assert abs(guesses[values.argmin()] - 100 * q) <= 1
+    p, y = torch.tensor([[1.0, 5.0]]), torch.tensor([3.0])
+    torch.testing.assert_close(quantile_loss((0.1, 0.9), p, y), torch.tensor([(0.1 * 2 + 0.1 * 2) / 2]))
+
+
+def test_pairs_prefer_what_was_chosen_and_leave_out_what_has_no_partner():
+    rewards = torch.randn(8, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    target = torch.tensor([100, -2, 3, -100, 2, 0, -4, 5])
+    valid = torch.tensor([True] * 7 + [False])
+    loss = masked_mean(losses["bradley_terry"], rewards, target, valid)
+    r = rewards[:, 0]
+    expected = -(torch.sigmoid(r[0] - r[3]).log() + torch.sigmoid(r[4] - r[1]).log()) / 2
+    torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
+    (gradient,) = torch.autograd.grad(loss, rewards)
+    assert (gradient[:, 0] != 0).tolist() == [True, True, False, True, True, False, False, False]
+    assert masked_mean(losses["bradley_terry"], rewards, torch.arange(1, 9), valid) == 0

@@ -690,6 +690,32 @@ def test_a_target_for_each_slot_goes_with_its_slot_though_few_tokens_are_compute
     check_exact(model, batch | {"s": torch.tensor([[0, 1], [2, 0]])})
 
 
+@pytest.mark.parametrize("pool", ["mean", "attention"])
+@pytest.mark.parametrize("rule", ["all", "generated", "f2+l2"])
+def test_a_pool_below_and_above_the_edit_has_the_plain_gradients(rule: str, pool: Any) -> None:
+    pooled = rh.MLPHead(3, target="y", hidden=4, pool=pool)
+    nodes = [rh.Node(pooled, layer, positions=rule, name=f"at{layer}") for layer in (0, 2)]
+    check_exact(intervened(base_of("llama"), *nodes, loreft(1)), usual_batch(targets=True))
+
+
+@pytest.mark.parametrize("rule", ["all", "generated"])
+def test_the_next_tokens_target_is_that_of_the_next_column_below_and_above_the_edit(rule: str) -> None:
+    nodes = [
+        rh.Node(rh.LinearHead(3, target="t", shift=True), layer, positions=rule, name=f"at{layer}") for layer in (0, 2)
+    ]
+    model, batch = intervened(base_of("llama"), *nodes, loreft(1)), usual_batch()
+    check_exact(model, batch | {"t": batch["input_ids"] % 3})
+
+
+@pytest.mark.parametrize("columns", [3, 12])
+def test_a_target_for_each_output_is_not_taken_for_one_of_each_token(columns: int) -> None:
+    what = rh.LinearHead(columns, target="y", loss="multi_label")
+    nodes = [rh.Node(what, layer, positions="l1", name=f"at{layer}") for layer in (0, 2)]
+    model, batch = intervened(base_of("llama"), *nodes, loreft(1)), usual_batch()
+    assert batch["input_ids"].shape[1] == 12
+    check_exact(model, batch | {"y": torch.randint(0, 2, (4, columns), generator=torch.Generator().manual_seed(0))})
+
+
 # --- dropout of nodes -------------------------------------------------------------------------------------
 
 

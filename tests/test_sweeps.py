@@ -483,6 +483,45 @@ def test_losses_of_adapters_are_their_own_with_and_without_reuse(reusing):
             close(out.adapter_loss[adapter], alone.loss - alone.head_loss)
 
 
+@pytest.mark.parametrize("pool", ["mean", "attention"])
+@pytest.mark.parametrize("reusing", [False, True])
+def test_pools_of_adapters_side_by_side_are_their_own(pool, reusing, monkeypatch):
+    what = rh.MLPHead(2, target="label", hidden=3, pool=pool, dtype="float64")
+    nodes = [rh.Node(what, layer, positions="all", name=name) for layer, name in ((0, "below"), (2, "above"))]
+    graph = rh.InterventionGraph(*nodes, rh.Node(rh.LoReFT(rank=2, dtype="float64"), 1, positions="l1"))
+    model, names = several([graph] * 3), ORDERS["equal shares"]
+    batch = batch_for(names)
+    stacked = stacked_nodes(monkeypatch)
+    with model.reusing(ActivationStore(2**28)) if reusing else nullcontext():
+        out = model(**batch, adapter_names=names)
+    assert stacked
+    for i, adapter in enumerate(NAMES):
+        model.set_adapter(adapter)
+        alone = model(**rows_in(batch, [2 * i, 2 * i + 1]))
+        for node in ("below", "above"):
+            close(out.losses[f"{adapter}/{node}"], alone.losses[node])
+            close(out.predictions[f"{adapter}/{node}"][2 * i : 2 * i + 2], alone.predictions[node])
+
+
+def test_a_node_keeps_its_own_learning_rate_in_every_trial(tokenizer, tmp_path):
+    rows = rh.encode_pairs(tokenizer, ["a b c", "d", "e f", "g h"], ["b", "d e", "f", "x"])
+    rows = [{**row, "label": i % 2} for i, row in enumerate(rows)]
+    still = rh.Node(rh.LinearHead(2, target="label", lr=0.0), 1, positions="l1", name="still")
+    graph = rh.InterventionGraph(rh.Node(rh.LoReFT(rank=2), 1, name="edit"), still)
+    args = arguments(tmp_path, max_steps=2)
+    model, _ = rh.sweep(
+        tiny_llama(vocab_size=len(tokenizer)), graph, args, train_dataset=rows, processing_class=tokenizer,
+        learning_rates=(1e-2, 1e-1),
+    )  # fmt: skip
+    base = tiny_llama(vocab_size=len(tokenizer))
+    torch.manual_seed(0)
+    begun = rh.InterventionModel(base, graph)
+    for adapter in ("trial_0", "trial_1"):
+        model.set_adapter(adapter)
+        assert torch.equal(model.node("still").W, begun.node("still").W)
+        assert not torch.equal(model.node("edit").W, begun.node("edit").W)
+
+
 def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 

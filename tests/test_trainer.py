@@ -250,6 +250,53 @@ def test_a_plain_trainer_drops_targets_and_prompt_masks_unless_told_to_keep_them
     assert {"grade", "prompt_mask"} & seen == ({"grade", "prompt_mask"} if keep else set())
 
 
+@pytest.mark.parametrize("hub", [False, True])
+@pytest.mark.parametrize(
+    "grades, message",
+    [
+        ([0, 1, 2, 5], "target 'grade' in row 3 of train_dataset is 5, .* a whole number from 0 to 2"),
+        ([0, 1.5, 2.0, 1.0], "row 1 of train_dataset is 1.5"),
+        (["0", "1", "2", "3"], "row 0 of train_dataset is '0': give a number"),
+        ([[0, 1], [2, 3], [0], [1]], "row 1 of train_dataset is 3"),
+        ([-100] * 4, "no row of train_dataset has a target 'grade': fill the column"),
+        ([float("nan")] * 4, "no row of train_dataset has a target 'grade'"),
+    ],
+)
+def test_a_target_that_cannot_be_is_named_before_training(tokenizer, rows, tmp_path, grades, message, hub):
+    dataset = [{**row, "grade": grade} for row, grade in zip(rows, grades, strict=False)]
+    if hub:
+        dataset = pytest.importorskip("datasets").Dataset.from_list(dataset)
+    with pytest.raises(ValueError, match=message):
+        fit(tokenizer, dataset, arguments(tmp_path), grading("grade"))
+
+
+def test_some_rows_may_lack_a_target(tokenizer, rows, tmp_path):
+    dataset = [{**row, "grade": (1, -100)[i % 2]} for i, row in enumerate(rows)]
+    assert fit(tokenizer, dataset, arguments(tmp_path), grading("grade")).state.global_step == 6
+
+
+def test_labels_of_each_row_are_trained_on_whatever_number_of_tokens_it_has(tokenizer, rows, tmp_path):
+    head = rh.Node(rh.LinearHead(outputs=3, target="tags", loss="multi_label"), layer=1, positions="l1", name="head")
+    dataset = [{**row, "tags": [i % 2, 1, -100]} for i, row in enumerate(rows)]
+    trainer = fit(tokenizer, dataset, arguments(tmp_path), rh.InterventionGraph(head))
+    assert trainer.state.log_history
+    with pytest.raises(ValueError, match=r"'tags' in row 2 of train_dataset is \[1\]: give 3 numbers"):
+        fit(tokenizer, [*dataset[:2], {**dataset[2], "tags": [1]}], arguments(tmp_path), rh.InterventionGraph(head))
+
+
+def test_a_head_with_its_own_learning_rate_moves_at_it_and_is_scaled_by_the_scheduler(tokenizer, rows, tmp_path):
+    def trained(rate: float, lr: float | None):
+        head = rh.Node(rh.LinearHead(outputs=3, target="grade", lr=lr), layer=1, positions="l1", name="head")
+        dataset = [{**row, "grade": i % 3} for i, row in enumerate(rows)]
+        args = arguments(tmp_path, learning_rate=rate, lr_scheduler_type="linear", weight_decay=0.1)
+        torch.manual_seed(0)
+        return weights(fit(tokenizer, dataset, args, rh.InterventionGraph(head)).model)
+
+    own, same, other = trained(1e-2, 1e-3), trained(1e-3, None), trained(1e-2, None)
+    assert all(torch.equal(value, same[name]) for name, value in own.items())
+    assert any(not torch.equal(value, other[name]) for name, value in own.items())
+
+
 def test_a_tokenizer_without_pad_token_is_an_error(tokenizer, rows, tmp_path):
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="no pad token"):
