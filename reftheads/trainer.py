@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -29,7 +30,7 @@ class InterventionTrainer(Trainer):
     """`transformers.Trainer` with what an `InterventionModel` needs besides.
 
     * Batches are padded by `Collator`, and keep `prompt_mask` and the heads' target columns.
-    * The losses of heads are means, and stay so under gradient accumulation.
+    * The losses of heads are means, and stay so under gradient accumulation; each is logged as `loss_<name>`.
     * `predict_with_generate` feeds the prompts alone and compares what is generated from them.
     * A node with a learning rate of its own, such as `LinearHead(…, lr=1e-3)`, gets a parameter group of its own.
     * A loss that is not finite stops the training before it reaches the weights.
@@ -95,6 +96,7 @@ class InterventionTrainer(Trainer):
         self.generation_kwargs = {"max_new_tokens": 64, "do_sample": False, **(generation_kwargs or {})}
         self.reuse = reuse
         self.reuse_summary = ""
+        self._by_head: dict[str, list[Tensor]] = defaultdict(list)  # losses since the last log
         self._replay: Replay | None = None
         self._described: tuple[nn.Module, bool] | None = None  # the base model of `reuse_summary`, and its mode
         self._wants_logits = self.label_smoother is not None or self.compute_loss_func is not None
@@ -138,6 +140,9 @@ class InterventionTrainer(Trainer):
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
+        if model.training:
+            for name, own in (outputs.get("losses") or {}).items():  # type: ignore[union-attr]
+                self._by_head[name].append(own.detach())
         heads: Tensor | None = outputs.get("head_loss")  # type: ignore[union-attr]
         if heads is not None and num_items_in_batch is not None and self.model_accepts_loss_kwargs and model.training:
             # the base model divides its loss by the items of all accumulated batches; the heads' are means of one
@@ -145,9 +150,11 @@ class InterventionTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        store = self._replay.store if self._replay is not None else None
-        if store is not None and "loss" in logs:
-            logs |= {f"reuse_{name}": float(count) for name, count in store.counters().items()}
+        if "loss" in logs:
+            logs |= {f"loss_{name}": float(torch.stack(found).mean()) for name, found in self._by_head.items()}
+            self._by_head.clear()
+            store = self._replay.store if self._replay is not None else None
+            logs |= {} if store is None else {f"reuse_{name}": float(n) for name, n in store.counters().items()}
         super().log(logs, *args, **kwargs)
 
     # --- computing the cone alone ---------------------------------------------------------------------------

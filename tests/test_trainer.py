@@ -313,3 +313,18 @@ def test_a_loss_that_is_not_a_number_stops_before_it_reaches_the_weights(tokeniz
     with pytest.raises(FloatingPointError, match="loss is nan at step 2"):
         trainer.train()
     assert all(value.isfinite().all() for value in weights(model).values())
+
+
+@pytest.mark.parametrize("reuse", ["off", "memory"])
+def test_every_heads_loss_is_logged_by_its_name(tokenizer, rows, tmp_path, reuse):
+    graph = rh.InterventionGraph(
+        rh.Node(rh.LinearHead(1, target="length", loss="mse", weight=0.5), layer=0, positions="l1", name="long"),
+        rh.Node(rh.LinearHead(2, target="kind"), layer=1, positions="l1", name="sort"),
+    )
+    judged = [{**row, "length": float(i), "kind": i % 2} for i, row in enumerate(rows)]
+    judged = [{name: value for name, value in row.items() if name != "labels"} for row in judged]
+    args = arguments(tmp_path, max_steps=4, logging_steps=2, gradient_accumulation_steps=2)
+    logs = [e for e in fit(tokenizer, judged, args, graph, reuse=reuse).state.log_history if "loss" in e]
+    assert len(logs) == 2
+    for entry in logs:
+        assert entry["loss"] == pytest.approx(0.5 * entry["loss_long"] + entry["loss_sort"], rel=1e-3)
