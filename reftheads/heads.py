@@ -126,9 +126,9 @@ class MappingHead(Head):
     def map(self, p: Params, h: Float[Tensor, "batch slots width"]) -> Float[Tensor, "batch slots outputs"]:
         """The prediction before its activation."""
 
-    def linear(self, width: int, outputs: int) -> nn.Linear:
+    def linear(self, width: int, outputs: int, bias: bool = True) -> nn.Linear:
         """A new linear map as the options have it."""
-        return nn.Linear(width, outputs, bias=self.bias, dtype=read_dtype(self.dtype))
+        return nn.Linear(width, outputs, bias=self.bias and bias, dtype=read_dtype(self.dtype))
 
     def named(self, layers: list[nn.Linear]) -> dict[str, Tensor]:
         """The parameters of linear maps by name."""
@@ -209,6 +209,7 @@ class MLPHead(MappingHead):
         hidden: width of each hidden layer.
         layers: how many hidden layers there are.
         act_fn: φ: name of an activation of transformers.
+        output_bias: whether there is a bₙ, if there are biases at all.
 
     The other arguments, and what else is raised, are those of `MappingHead`.
     """
@@ -216,6 +217,7 @@ class MLPHead(MappingHead):
     hidden: int = field(kw_only=True)
     layers: int = field(default=1, kw_only=True)
     act_fn: str = field(default="gelu", kw_only=True)
+    output_bias: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -225,8 +227,9 @@ class MLPHead(MappingHead):
             raise ValueError(f"unknown act_fn {self.act_fn!r}: use one of {', '.join(sorted(ACT2FN))}")
 
     def layers_of(self, width: int) -> list[nn.Linear]:
-        widths = [width, *[self.hidden] * self.layers, self.outputs]
-        return [self.linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+        widths = [width, *[self.hidden] * self.layers]
+        inner = [self.linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+        return [*inner, self.linear(self.hidden, self.outputs, self.output_bias)]
 
     def map(self, p: Params, h: Float[Tensor, "batch slots width"]) -> Float[Tensor, "batch slots outputs"]:
         for i in range(self.layers):

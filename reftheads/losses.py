@@ -133,6 +133,7 @@ losses: dict[str, Loss | ItemLoss] = {
     "bce": Loss(_bce, "probabilities", outputs=1),
     "multi_label": Loss(_bce, "probabilities", each=True),
     "mse": Loss(_mse, "numbers", outputs=1, activated=True),
+    "mse_of_each": Loss(_mse, "numbers", each=True, activated=True),
     "mae": Loss(_mae, "numbers", outputs=1, activated=True),
     "huber": Loss(_huber, "numbers", outputs=1, activated=True),
     "gaussian_nll": Loss(_gaussian_nll, "numbers", outputs=2),

@@ -396,3 +396,8 @@ def test_a_pool_is_no_source_since_it_sees_later_tokens():
     pooled = rh.Node(rh.LinearHead(1, pool="mean"), 0, name="pooled")
     with pytest.raises(ValueError, match="reads 'pooled', which pools all its tokens"):
         rh.InterventionGraph(pooled, rh.Node(rh.Gated(rh.LoReFT(rank=2)), 1, source="pooled"))
+
+
+def test_the_last_map_of_an_mlp_can_lack_its_bias():
+    made = rh.MLPHead(3, hidden=8, layers=2, output_bias=False).parameters(rh.Shape(WIDTH))
+    assert list(made) == ["W0", "b0", "W1", "b1", "W2"]
