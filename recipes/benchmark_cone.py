@@ -2,7 +2,7 @@
 
     python recipes/benchmark_cone.py --out FOLDER        # the whole table, also as JSON and markdown
     python recipes/benchmark_cone.py --only commonsense --repeats 3
-    python recipes/benchmark_cone.py --only SST-2 --encoder MINILM_FOLDER --sst2 ../shared/data/sst2
+    python recipes/benchmark_cone.py --only SST-2 --encoder MINILM_FOLDER --sst2 SST2_FOLDER
     python recipes/benchmark_cone.py --device cuda --dtype bfloat16
 
 A step is forward, backward and AdamW on what is trained. All steps of a shape use one base model's weights and the same
