@@ -125,10 +125,15 @@ def locate(model: nn.Module, site: Site) -> Address:
     return _locate_in_block(model, info, replace(site, layer=layer), layer)
 
 
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the model, without the parameters of a graph that was compiled into it."""
+    return ((p, m) for p, m in model.named_modules() if p.split(".")[0] != "interventions")
+
+
 def stacks(model: nn.Module) -> tuple[StackInfo, ...]:
     """The stacks of blocks in `model`, in the order of its modules; empty if none is recognised."""
     found: list[StackInfo] = []
-    for path, module in _walk(model):
+    for path, module in own_modules(model):
         if not isinstance(module, nn.ModuleList) or any(within(path, b) for s in found for b in s.blocks):
             continue
         attention = next((a for a in map(attention_owner, module) if a is not None), None)
@@ -233,7 +238,7 @@ def _locate_path(model: nn.Module, site: Site) -> Address:
     path = site.component
     module = None if path.startswith("interventions.") else submodule(model, path)
     if module is None:
-        close = difflib.get_close_matches(path, [p for p, _ in _walk(model)], n=3)
+        close = difflib.get_close_matches(path, [p for p, _ in own_modules(model)], n=3)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see model.named_modules()"
         raise ValueError(f"{_name(model)} has no module {path!r}: {hint}")
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
@@ -314,11 +319,6 @@ def _name(model: nn.Module) -> str:
 
 def _takes(module: nn.Module, *names: str) -> bool:
     return any(n in inspect.signature(module.forward).parameters for n in names)
-
-
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the model, without the parameters of a graph that was compiled into it."""
-    return ((p, m) for p, m in model.named_modules() if p.split(".")[0] != "interventions")
 
 
 def _ancestors(path: str) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """Talking to a model: one answer to each of many conversations, or a conversation in the terminal."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from reftheads.data import Message
+from reftheads.modes import evaluating
 
 
 def reply(
@@ -40,24 +40,12 @@ def reply(
             add_special_tokens=not tokenizer.chat_template,
             return_token_type_ids=False,
         ).to(model.device)
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             ids = model.generate(**batch, **generate)
         if not model.config.is_encoder_decoder:
             ids = ids[:, batch["input_ids"].shape[1] :]
         answers += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [answer.strip() for answer in answers]
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Within, no dropout is active; afterwards every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, conversation: str | Sequence[Message]) -> str:

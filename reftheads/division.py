@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reftheads.cone import Cone
-from reftheads.fingerprint import content
+from reftheads.fingerprint import content, content_of_ids
 from reftheads.layout import Layout, Rows
 from reftheads.limits import Limits
 from reftheads.losses import IGNORE
@@ -92,7 +92,7 @@ class Division:
             rows = [b"".join(name.encode() + _of_row(host[name], real, i) for name in fed) for i in range(len(real))]
             return Rows(fed, rows, Layout.whole(real), masks, starts.tolist(), real.sum(1).tolist(), divided=False)
         first, last = starts.tolist(), parts[1].tolist()
-        rows = [content(row[start : start + n].long()) for row, start, n in zip(ids, first, last, strict=True)]
+        rows = [content_of_ids(row[start : start + n]) for row, start, n in zip(ids, first, last, strict=True)]
         return Rows(fed, rows, Layout.behind(parts[0].tolist(), last, first), masks, first, last, divided=True)
 
     def _masks(self, cone: Cone, host: Mapping[str, Tensor]) -> dict[int, Tensor]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reftheads.architectures import own_modules
+
 
 def digest(*parts: str | int | bytes) -> str:
     """A hexadecimal hash of the parts and of where each ends."""
@@ -16,6 +18,11 @@ def digest(*parts: str | int | bytes) -> str:
         hashed.update(b"%d:" % len(data))
         hashed.update(data)
     return hashed.hexdigest()
+
+
+def content_of_ids(ids: Tensor) -> bytes:
+    """The bytes of token ids, eight a token, whatever type of integer they come in."""
+    return content(ids.long())
 
 
 def content(tensor: Tensor) -> bytes:
@@ -40,7 +47,7 @@ class Fingerprint:
 
     def __str__(self) -> str:
         if not self._value or self._changed():
-            own = [module for path, module in self.base.named_modules() if path.split(".")[0] != "interventions"]
+            own = {module: None for _, module in own_modules(self.base)}
             self._places = [
                 (tensors, name)
                 for module in own
@@ -52,7 +59,7 @@ class Fingerprint:
                 (module._modules, name, child)
                 for module in own
                 for name, child in module._modules.items()
-                if child is not None and not (module is self.base and name == "interventions")
+                if child in own
             ]
             self._state = [(tensors[name], tensors[name]._version) for tensors, name in self._places]
             parts: list[str | int | bytes] = [type(self.base).__name__, _settings(self.base)]

@@ -17,7 +17,7 @@ from reftheads.graph import render
 from reftheads.layout import Rows
 from reftheads.losses import IGNORE
 from reftheads.replay import Replay
-from reftheads.sites import Site
+from reftheads.sites import Site, Stack
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class _Costs:
         base, info = replay.base, replay.info
         head = replay.limits.lm_head
         dtype = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
-        width = locate(base, Site(component="embedding_output", stack=None)).width if info.causal else 0
-        width = width or locate(base, Site(0, "block_input", stack="encoder" if replay.limits.seq2seq else None)).width
+        stack: Stack | None = "encoder" if replay.limits.seq2seq else None
+        width = locate(base, Site(0, "block_input", stack=stack)).width
         try:
-            kept = 2 * locate(base, Site(0, "key_output", stack="encoder" if replay.limits.seq2seq else None)).width
+            kept = 2 * locate(base, Site(0, "key_output", stack=stack)).width
         except ValueError:  # fused in a way that is not known
             kept = 2 * width
         config = getattr(base, "config", None)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from reftheads.architectures import StackInfo, stacks
+from reftheads.architectures import StackInfo, own_modules, stacks
 from reftheads.cone import Cone
 from reftheads.record import Recorder
 from reftheads.runtime import Interventions
@@ -36,9 +36,9 @@ class Limits:
         self.layer = layer
         self.info = info
         self.recorder = recorder
-        self.seq2seq = is_seq2seq(base)
+        self.seq2seq = layer.seq2seq
         self._blocks = [base.get_submodule(path) for path in info.blocks]
-        own = [(path, module) for path, module in base.named_modules() if path.split(".")[0] != "interventions"]
+        own = list(own_modules(base))
         self._own = {f"{path}.{name}": p for path, m in own for name, p in m._parameters.items() if p is not None}
         self._random = [place for _, module in own for place in _random_settings(module)]
         self._batch_norms = [m for _, m in own if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -53,7 +53,8 @@ class Limits:
         """Why nothing can be reused, in the state that the model is in; `None` if something can."""
         if self.layer.disable_adapters:
             return "adapters are disabled"
-        if any(p.is_meta or hasattr(p, "ds_id") or isinstance(p, DTensor) for p in list(self._own.values())[:1]):
+        one = next(iter(self._own.values()), None)
+        if one is not None and (one.is_meta or hasattr(one, "ds_id") or isinstance(one, DTensor)):
             return "the weights of the base model are spread over processes or kept elsewhere"
         trained = next((name for name, p in self._own.items() if p.requires_grad), None)
         if trained is not None:
@@ -98,21 +99,15 @@ class Limits:
     @property
     def lm_head(self) -> nn.Module | None:
         """The vocabulary projection of a causal language model whose loss is the usual one."""
-        generates = getattr(self.base, "can_generate", None)
-        if self.seq2seq or not callable(generates) or not generates():
+        if self.seq2seq or not self.layer.generative:
             return None
         usual = getattr(self.base, "loss_function", None) is ForCausalLMLoss
         return self.base.get_output_embeddings() if usual else None  # type: ignore[operator]
 
 
-def is_seq2seq(base: nn.Module) -> bool:
-    """Whether the model has an encoder that is fed the input and a decoder that is fed what it gives out."""
-    return bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
-
-
-def fed_stack(base: nn.Module) -> StackInfo:
+def fed_stack(base: nn.Module, seq2seq: bool) -> StackInfo:
     """The one stack of blocks that is fed the input. Raises `ValueError` where there is not just one."""
-    fed = [stack for stack in stacks(base) if stack.role == "encoder" or not is_seq2seq(base)]
+    fed = [stack for stack in stacks(base) if stack.role == "encoder" or not seq2seq]
     if len(fed) != 1:
         raise ValueError(f"activations can be reused in models with one stack of blocks that is fed, not {len(fed)}")
     return fed[0]

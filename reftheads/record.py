@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from reftheads.architectures import StackInfo
 from reftheads.cache import Piece, cache_of, pieces_of
 from reftheads.cone import Cone
-from reftheads.fingerprint import Fingerprint, content, digest
+from reftheads.fingerprint import Fingerprint, content, content_of_ids, digest
 from reftheads.hooks import attach
 from reftheads.layout import Layout, Rows
 from reftheads.plan import PlannedNode
@@ -85,19 +85,23 @@ class Recorder:
         Args:
             above: whether anything runs above `cone.cut`, so that its hidden states are needed.
         """
-        selected = zip(*(map(content, rows.selected(reader.node.positions)) for reader in cone.constant), strict=True)
-        alike = list(zip(rows.ids, rows.layout.prefixes, selected if cone.constant else rows.ids, strict=True))
+        settings = self._settings()
+        keys = self._keys(settings, cone, rows, above)
+        of_readers = (of_rows for place, of_rows in keys.items() if place is not None)
+        alike = list(zip(rows.ids, rows.layout.prefixes, *of_readers, strict=True))
         unique = {row: j for j, row in enumerate(dict.fromkeys(alike))}
         if len(unique) == len(alike):
-            return self._rows(cone, rows, above)
-        one = self._rows(cone, rows.of([alike.index(row) for row in unique]), above)
+            return self._rows(cone, rows, keys, settings)
+        some = [alike.index(row) for row in unique]
+        own = {place: [of_rows[i] for i in some] for place, of_rows in keys.items()}
+        one = self._rows(cone, rows.of(some), own, settings)
         index = [unique[row] for row in alike]
         hidden = None if one.hidden is None else [one.hidden[j] for j in index]
         read = {reader: [seen[j] for j in index] for reader, seen in one.read.items()}
         return Recorded(hidden, read, [one.past[j] for j in index])
 
-    def _rows(self, cone: Cone, rows: Rows, above: bool) -> Recorded:
-        settings = self._settings()
+    def _keys(self, settings: str, cone: Cone, rows: Rows, above: bool) -> dict[Place, list[str]]:
+        """Under which keys hidden states, and what constant readers see, are kept, row by row."""
         keys: dict[Place, list[str]] = {}
         if above and cone.cut:
             keys[None] = [
@@ -109,6 +113,9 @@ class Recorder:
                 digest(settings, where, content(selected), ids)
                 for selected, ids in zip(rows.selected(reader.node.positions), rows.ids, strict=True)
             ]
+        return keys
+
+    def _rows(self, cone: Cone, rows: Rows, keys: Mapping[Place, list[str]], settings: str) -> Recorded:
         found: dict[Place, list[Entry | None]] = {place: [self._get(key) for key in keys[place]] for place in keys}
         past: list[list[Piece] | None] = [[] for _ in rows.ids]
         if rows.divided and cone.cut < len(self.blocks):
@@ -135,17 +142,14 @@ class Recorder:
     def prefixes(self, tokens: Sequence[Tensor]) -> list[list[Piece]]:
         """The keys and values of all tokens of some rows, in all blocks."""
         settings = self._settings()
-        ids = [content(row) for row in tokens]
+        ids = [content_of_ids(row) for row in tokens]
         past = [self._prefix(settings, key, len(row), 0) for key, row in zip(ids, tokens, strict=True)]
         missing = [i for i, pieces in enumerate(past) if pieces is None]
         if missing:
-            known = [self._longest(settings, ids[i], len(tokens[i])) for i in missing]
-            start = [sum(map(len, pieces)) for pieces in known]
-            new, _ = self._pass(None, [tokens[i][c:] for i, c in zip(missing, start, strict=True)], known, set())
-            keys = [self._prefix_key(settings, ids[i], len(tokens[i])) for i in missing]
-            self._put({key: _entry(piece, c) for key, c, piece in zip(keys, start, new, strict=True) if len(piece)})
-            for i, old, piece in zip(missing, known, new, strict=True):
-                past[i] = [*old, piece] if len(piece) else old
+            lengths = [len(tokens[i]) for i in missing]
+            own, _, _ = self._new(settings, [ids[i] for i in missing], [tokens[i] for i in missing], lengths, 0)
+            for i, pieces in zip(missing, own, strict=True):
+                past[i] = pieces
         return [pieces or [] for pieces in past]
 
     @cached_property
@@ -201,24 +205,15 @@ class Recorder:
         # a constant reader must see its tokens go by
         limits = [min((int(s.min()) for s in found if len(s)), default=n) for found, n in self._selected(cone, rows)]
         self._share(rows, min(limits), settings)
-        known = [
-            self._longest(settings, ids, min(p, limit))
-            for ids, p, limit in zip(rows.ids, prefixes, limits, strict=True)
-        ]
-        start = [sum(map(len, pieces)) for pieces in known]
-        readers = {place for place in places if place is not None}
-        new, before = self._pass(
-            cone, [t[c:p] for t, c, p in zip(tokens, start, prefixes, strict=True)], known, readers
+        past, start, before = self._new(
+            settings,
+            rows.ids,
+            [row[:p] for row, p in zip(tokens, prefixes, strict=True)],
+            list(map(min, prefixes, limits)),
+            cone.cut,
+            cone,
+            {place for place in places if place is not None},
         )
-        past = [[*old, piece] if len(piece) else list(old) for old, piece in zip(known, new, strict=True)]
-        if cone.cut < len(self.blocks):
-            self._put(
-                {
-                    self._prefix_key(settings, ids, p): _entry(piece.since(cone.cut), c)
-                    for ids, p, c, piece in zip(rows.ids, prefixes, start, new, strict=True)
-                    if len(piece)
-                }
-            )
         out: dict[Place, list[Tensor]] = {}
         if places:
             inputs = self.inputs(rows.layout.pick(rows.fed["input_ids"]), rows.layout)
@@ -252,7 +247,7 @@ class Recorder:
         known = self._longest(settings, rows.ids[0], common)
         at = sum(map(len, known))
         if common > at:
-            [piece], _ = self._pass(None, [prefixes[0][at:common]], [known], set())
+            [piece], _ = self._pass(None, [prefixes[0][at:common]], [known], ())
             self._put({self._prefix_key(settings, rows.ids[0], common): _entry(piece, at)})
 
     def _longest(self, settings: str, ids: bytes, limit: int) -> list[Piece]:
@@ -280,8 +275,44 @@ class Recorder:
     def _prefix_key(settings: str, ids: bytes, length: int) -> str:
         return digest(settings, "prefix", ids[: 8 * length])  # ids are integers of 64 bits
 
+    def _new(
+        self,
+        settings: str,
+        ids: Sequence[bytes],
+        tokens: Sequence[Tensor],
+        limits: Sequence[int],
+        first: int,
+        cone: Cone | None = None,
+        readers: Collection[PlannedNode] = (),
+    ) -> tuple[list[list[Piece]], list[int], dict[Any, Tensor]]:
+        """The keys and values of prefixes that are not known, in all blocks; those from block `first` on are kept.
+
+        Args:
+            limits: how many tokens of each prefix need not be computed, if they are known from other rows.
+
+        Returns:
+            The pieces of each prefix, how many tokens were not computed, and what `readers` see from there on.
+        """
+        known = [self._longest(settings, row, limit) for row, limit in zip(ids, limits, strict=True)]
+        start = [sum(map(len, pieces)) for pieces in known]
+        new, seen = self._pass(cone, [row[c:] for row, c in zip(tokens, start, strict=True)], known, readers)
+        if first < len(self.blocks):
+            self._put(
+                {
+                    self._prefix_key(settings, row, len(prefix)): _entry(piece.since(first), c)
+                    for row, prefix, c, piece in zip(ids, tokens, start, new, strict=True)
+                    if len(piece)
+                }
+            )
+        past = [[*old, piece] if len(piece) else old for old, piece in zip(known, new, strict=True)]
+        return past, start, seen
+
     def _pass(
-        self, cone: Cone | None, tokens: Sequence[Tensor], known: Sequence[Sequence[Piece]], readers: set[Any]
+        self,
+        cone: Cone | None,
+        tokens: Sequence[Tensor],
+        known: Sequence[Sequence[Piece]],
+        readers: Collection[PlannedNode],
     ) -> tuple[list[Piece], dict[Any, Tensor]]:
         """The keys and values of `tokens` behind what is known, in all blocks, and what readers see there."""
         lengths = [len(row) for row in tokens]

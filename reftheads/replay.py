@@ -9,7 +9,7 @@ A batch goes through `Replay` in four steps:
 4. logits are computed where there is a label, and the losses of the model and of its heads are added.
 
 The result is that of the plain path. Where that cannot be promised, a batch takes the plain path, or leaves out the
-part that cannot; `why_plain`, `why_no_prefix` and `why_no_layers` say why.
+part that cannot; `Limits` says why.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from reftheads.division import OURS, Division, shifted
 from reftheads.layout import Rows
 from reftheads.limits import NO_EDIT, Limits, fed_stack
 from reftheads.losses import IGNORE
+from reftheads.modes import evaluating
 from reftheads.output import extend, replaced
 from reftheads.plan import Plan
 from reftheads.positions import Selection, Tokens
@@ -58,7 +59,7 @@ class Replay:
     def __init__(self, base: nn.Module, layer: Interventions, store: ActivationStore | None = None):
         self.base = base
         self.layer = layer
-        self.info = fed_stack(base)
+        self.info = fed_stack(base, layer.seq2seq)
         self.recorder = Recorder(base, layer, self.info, store)
         self.limits = Limits(base, layer, self.info, self.recorder)
         self.division = Division(self.limits)
@@ -78,17 +79,12 @@ class Replay:
         It does for no architecture that this was tested on; this is for the others. It runs without gradient, without
         the nodes' dropout, and leaves the random numbers as they were.
         """
-        modes = [(module, module.training) for module in self.layer.modules()]
-        self.layer.eval()
         try:
-            with torch.no_grad(), torch.random.fork_rng(enabled=True):
+            with torch.no_grad(), torch.random.fork_rng(enabled=True), evaluating(self.layer):
                 plain = model(**batch)
                 replayed = self(batch)
         except Exception as error:  # whatever an unknown architecture makes of a pass in two parts
             return f"this model cannot run in parts ({error})"
-        finally:
-            for module, training in modes:
-                module.training = training
         if replayed is None:
             return self.limits.why_plain() or "a batch holds more than tokens, their labels and targets of heads"
         if plain.get("loss") is None:

@@ -54,8 +54,8 @@ class Interventions(nn.Module, BaseTunerLayer):
         self.generation: Generation | None = None
         self.prepared: dict[str, Run] = {}  # by stack, where a pass is no plain one; see replay
         self.adapter_names: Sequence[str] | None = None  # one a row, as PEFT passes them
-        self._generative = False
-        self._seq2seq = False
+        self.generative = False  # whether the base model generates text
+        self.seq2seq = False  # whether an encoder is fed the input, and a decoder the answer
         self._handles: dict[Any, list[RemovableHandle]] = {}
         self._argument_names: dict[str, list[str]] = {}
         self._checkpointing: dict[str, list[nn.Module]] = {}
@@ -112,8 +112,8 @@ class Interventions(nn.Module, BaseTunerLayer):
         keys: dict[HookKey, str] = {(p.address.module, p.address.side): p.address.stack for p in plan.nodes}
         used = [stack for stack in plan.stacks if stack.path in keys.values()]
         if None not in self._handles:
-            self._generative = callable(can := getattr(base, "can_generate", None)) and bool(can())
-            self._seq2seq = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+            self.generative = callable(can := getattr(base, "can_generate", None)) and bool(can())
+            self.seq2seq = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
             self._argument_names[""] = _arguments(base)
             self._handles[None] = [base.register_forward_pre_hook(self._call_begins, with_kwargs=True)]
         for stack in used:
@@ -267,7 +267,7 @@ class Interventions(nn.Module, BaseTunerLayer):
                     f"positions {relative[0]!r} count real tokens, which a mask of this form does not show: pass a "
                     "2-D attention_mask, or prompt_mask"
                 )
-            if relative and self.training and stack.causal and self._generative and not self._classifies:
+            if relative and self.training and stack.causal and self.generative and not self._classifies:
                 raise ValueError(
                     f"positions {relative[0]!r} depend on where the prompt ends, and this batch does not say: pass "
                     "labels with -100 on the prompt, or prompt_mask, or use positions='all'; or call model.eval()"
@@ -287,17 +287,17 @@ class Interventions(nn.Module, BaseTunerLayer):
             if given is not None:
                 return given
         labels = None if self.call is None else self.call.labels
-        if not stack.causal or not self._generative or labels is None or shape is None or labels.shape != shape:
+        if not stack.causal or not self.generative or labels is None or shape is None or labels.shape != shape:
             return None
         answered = (labels != IGNORE).long()
         # the decoder of an encoder-decoder model is fed the labels one column late
-        before = answered.cumsum(1) - answered if self._seq2seq else answered.cumsum(1)
+        before = answered.cumsum(1) - answered if self.seq2seq else answered.cumsum(1)
         cached = before.new_zeros((shape[0], int(past)))  # labels cover this chunk; what lies before is prompt
         return torch.cat([cached, before], dim=1) == 0
 
     def _reads_input(self, stack: StackInfo) -> bool:
         """Whether the stack is fed the input that a prompt mask is about, not the answer or an image."""
-        if self._seq2seq:
+        if self.seq2seq:
             return not stack.causal
         return stack.causal or all(len(plan.stacks) == 1 for plan in self.plans.values())
 

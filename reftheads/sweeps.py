@@ -129,7 +129,8 @@ class _SweepTrainer(InterventionTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         limit = self.args.max_grad_norm
-        norms = [self.accelerator.clip_grad_norm_(list(self._own(trial).values()), limit) for trial in self.trials]
+        nodes = self.model.tuner.layer.rh_nodes
+        norms = [self.accelerator.clip_grad_norm_(nodes[t.adapter].parameters(), limit) for t in self.trials]
         return torch.stack([torch.as_tensor(norm) for norm in norms]).max()
 
     def compute_loss(

@@ -14,10 +14,10 @@ PACKAGE = Path(rh.__file__).parent
 
 # A module imports only from rows above its own.
 ROWS = [
-    {"sites", "positions", "losses", "store", "cache", "fingerprint"},
+    {"sites", "positions", "losses", "store", "cache", "modes"},
     {"nodes", "hooks", "blocks", "layout"},
     {"architectures"},
-    {"interventions", "steering", "lora", "heads"},
+    {"fingerprint", "interventions", "steering", "lora", "heads"},
     {"graph"},
     {"output", "plan"},
     {"run", "cone"},

@@ -804,6 +804,17 @@ def test_padding_that_no_mask_shows_is_padding(monkeypatch):
     compare(model, given | options)
 
 
+def test_ids_of_32_bits_are_not_taken_for_others():
+    model = generating(tiny_llama, rh.Node(rh.LoReFT(rank=2), layer=1, positions="l1"))
+    long = random_ids(1, 65)
+    short = torch.stack([long, torch.zeros_like(long)], dim=2).flatten(1)[:, :129].int()  # the same bytes, but for one
+    given = {"input_ids": short, "attention_mask": torch.ones_like(short), **GREEDY}
+    want = model.generate(**given)
+    with model.reusing(ActivationStore(2**28)):
+        model.generate(input_ids=long, **GREEDY)
+        assert torch.equal(model.generate(**given), want)
+
+
 def test_prompts_without_padding_and_padded_at_the_right_give_the_same_ids():
     model = generating(tiny_llama, rh.Node(rh.LoReFT(rank=2), layer=1, positions="l1"))
     assert compare(model, {"input_ids": random_ids(2, 9)} | GREEDY)[0] == 1
