@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from reftheads.chat import chat, reply
-from reftheads.data import Collator, encode_chat, encode_pairs
+from reftheads.data import Collator, encode_chat, encode_pairs, encode_preferences, mix
+from reftheads.export import export_head
 from reftheads.graph import InterventionGraph
 from reftheads.heads import LinearHead, MLPHead
 from reftheads.interventions import ConsReFT, DiReFT, LobiReFT, LoReFT, LowRank, NoDiReFT, NoReFT, ScaleAndBias
@@ -15,6 +16,7 @@ from reftheads.model import InterventionModel
 from reftheads.nodes import Context, Edit, Head, Node, Reader, Shape
 from reftheads.plan import compile_graph
 from reftheads.positions import Positions, Tokens
+from reftheads.predicting import predict
 from reftheads.presets import preset
 from reftheads.sites import Site
 from reftheads.steering import Ablate, Collect, Gated, Replace, Steering
@@ -34,7 +36,8 @@ __all__ = [
     "InterventionConfig", "InterventionGraph", "InterventionModel", "InterventionTrainer", "LinearHead", "LoRA",
     "LoReFT", "LobiReFT", "LowRank", "MLPHead", "NoDiReFT", "NoReFT", "Node", "Positions", "Reader", "Replace",
     "ScaleAndBias", "Shape", "Site", "Steering", "Tokens", "Trial", "chat", "compile_graph", "encode_chat",
-    "encode_pairs", "load_base", "losses", "preset", "reply", "sweep",
+    "encode_pairs", "encode_preferences", "export_head", "load_base", "losses", "mix", "predict", "preset",
+    "reply", "sweep",
 ]  # fmt: skip
 
 

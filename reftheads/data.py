@@ -7,8 +7,9 @@ the prompt's tokens in training are those of generation.
 
 from __future__ import annotations
 
+import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,9 @@ from reftheads.losses import IGNORE
 if TYPE_CHECKING:
     from jaxtyping import Int, Shaped
 
+_INPUTS = ("input_ids", "attention_mask", "prompt_mask", "token_type_ids", "position_ids")
+
+Row = Mapping[str, Any]
 Message = dict[str, str]
 """A turn of a conversation: `{"role": "user", "content": "…"}`."""
 
@@ -128,6 +132,130 @@ def _rows(prompts: list[list[int]], answers: list[list[int]], max_length: int | 
     return rows
 
 
+def encode_preferences(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[Sequence[Message]],
+    chosen: Sequence[str],
+    rejected: Sequence[str],
+    *,
+    target: str = "preference",
+    max_length: int | None = None,
+) -> list[list[dict[str, Any]]]:
+    """Pairs of rows for the loss `bradley_terry`: each prompt with the answer that was chosen, and with the other one.
+
+    A pair is one item of a dataset, which `Collator` puts into one batch. The target of its rows is k and -k, with k
+    counted from 1; there are no labels, so that a head at `l1` reads the last token of the answer.
+
+    Args:
+        prompts: texts, or conversations for the tokenizer's chat template.
+        target: name of the column.
+        max_length: as in `encode_pairs`.
+
+    Raises:
+        ValueError: as by `encode_pairs` and `encode_chat`; numbers of prompts and answers that differ.
+    """
+    if not len(prompts) == len(chosen) == len(rejected):
+        raise ValueError(
+            f"every prompt needs an answer that was chosen and one that was rejected: got {len(prompts)} prompts, "
+            f"{len(chosen)} and {len(rejected)} answers"
+        )
+
+    def rows(answers: Sequence[str], sign: int) -> list[dict[str, Any]]:
+        if all(isinstance(prompt, str) for prompt in prompts):
+            encoded = encode_pairs(tokenizer, prompts, answers, max_length=max_length)  # type: ignore[arg-type]
+        else:
+            turns = [[*p, {"role": "assistant", "content": a}] for p, a in zip(prompts, answers, strict=True)]
+            encoded = encode_chat(tokenizer, turns, max_length=max_length)  # type: ignore[arg-type]
+        return [
+            {"input_ids": row["input_ids"], "attention_mask": row["attention_mask"], target: sign * k}
+            for k, row in enumerate(encoded, 1)
+        ]
+
+    return [list(pair) for pair in zip(rows(chosen, 1), rows(rejected, -1), strict=True)]
+
+
+def mix(
+    tasks: Mapping[str, Sequence[Row]],
+    weights: Mapping[str, float] | None = None,
+    *,
+    temperature: float = 1.0,
+    length: int | None = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """The rows of several tasks as one dataset, each task with its share; targets of other tasks are missing.
+
+    A task that has fewer rows than its share repeats them, all of them equally often but for one; of a task that has
+    more, some are left out.
+
+    Args:
+        tasks: rows by the name of their task.
+        weights: shares of the tasks, in proportion; left out, the numbers of rows to the power of 1/temperature
+            (Raffel et al. 2020, https://arxiv.org/abs/1910.10683, section 3.5.2).
+        temperature: 1 is in proportion to the numbers of rows; the higher, the more equal the shares.
+        length: how many rows there are to be; left out, as many as all tasks have.
+        seed: of the order, and of the choice of rows.
+
+    Raises:
+        ValueError: no tasks, a task without rows, weights that are not positive or not those of the tasks.
+    """
+    if not tasks or not all(len(rows) for rows in tasks.values()):
+        raise ValueError(f"give at least one task, and rows for each: got { ({t: len(r) for t, r in tasks.items()}) }")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    weights = weights or {task: len(rows) ** (1 / temperature) for task, rows in tasks.items()}
+    if weights.keys() != tasks.keys() or not all(weight > 0 for weight in weights.values()):
+        raise ValueError(f"weights must give a positive number to each of {', '.join(tasks)}, got {dict(weights)}")
+    length = sum(map(len, tasks.values())) if length is None else length
+    ends = [round(length * sum(list(weights.values())[: i + 1]) / sum(weights.values())) for i in range(len(tasks))]
+    order = random.Random(seed)
+    chosen: list[Row] = []
+    for rows, end in zip(tasks.values(), ends, strict=True):
+        while len(chosen) < end:
+            chosen += order.sample(list(rows), min(len(rows), end - len(chosen)))
+    order.shuffle(chosen)
+    return complete(chosen)
+
+
+def complete(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows with all columns that any of them has; what a row lacks, or has as `None`, is no target there.
+
+    That is -100, or NaN among floats, in the shape that the column has in other rows; a `prompt_mask` that is missing
+    says that the whole row is prompt.
+
+    Raises:
+        ValueError: a column of the input, such as `token_type_ids`, that only some rows have.
+    """
+    patterns: dict[str, Row] = {}
+    for row in rows:
+        patterns |= {name: row for name, value in row.items() if value is not None and name not in patterns}
+    if all(row.get(name) is not None for row in rows for name in patterns):
+        return [{name: row[name] for name in patterns} for row in rows]
+    return [
+        {name: row[name] if row.get(name) is not None else _missing(name, row, of) for name, of in patterns.items()}
+        for row in rows
+    ]
+
+
+def _missing(name: str, row: Row, other: Row) -> Any:
+    """What stands for no target in a row, by the target of another one."""
+    length = len(row["input_ids"])
+    if name == "prompt_mask":
+        return [1] * length
+    if name in _INPUTS:
+        raise ValueError(f"some rows have {name!r} and some do not: give it to all of them, or to none")
+    value = torch.as_tensor(other[name])
+    none = float("nan") if value.is_floating_point() else IGNORE
+    if value.ndim == 0:
+        return none
+    shape = [length if value.shape[0] == len(other["input_ids"]) else value.shape[0], *value.shape[1:]]
+    return torch.full(shape, none).tolist()
+
+
+def flat(rows: Iterable[Any]) -> list[Any]:
+    """The rows of a dataset, those of pairs one by one."""
+    return [one for row in rows for one in (row if isinstance(row, list | tuple) else [row])]
+
+
 @dataclass
 class Collator:
     """Pads rows to a batch, on either side.
@@ -135,6 +263,8 @@ class Collator:
     `input_ids` are padded with the tokenizer's pad token, masks with 0, `labels` and other columns that
     run along the tokens with -100 (floats: NaN, which losses take for missing). Columns with one number
     a row become a vector, columns with another number than there are tokens, the same in every row, a matrix.
+    Targets that some rows lack are filled by `complete`. An item that is a list of rows, such as a pair of
+    `encode_preferences`, puts all of them into the batch.
 
     Args:
         tokenizer: for its pad token.
@@ -156,10 +286,10 @@ class Collator:
                 "(rows carry their attention_mask, so that this is safe here)"
             )
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Shaped[Tensor, "batch ..."]]:
+    def __call__(self, rows: Sequence[Row | Sequence[Row]]) -> dict[str, Shaped[Tensor, "batch ..."]]:
         if not rows:
             raise ValueError("no rows to put into a batch")
-        rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
+        rows = complete([{"attention_mask": [1] * len(row["input_ids"]), **row} for row in flat(rows)])
         length = max(len(row["input_ids"]) for row in rows)
         multiple = self.pad_to_multiple_of or 1
         length = -(-length // multiple) * multiple
@@ -171,7 +301,7 @@ class Collator:
         alike = all(tensor.shape == tensors[0].shape for tensor in tensors)
         if tensors[0].ndim == 0 or (alike and any(len(t) != n for t, n in zip(tensors, counts, strict=True))):
             return torch.stack(tensors)
-        fill: float = 0 if name in ("attention_mask", "prompt_mask", "token_type_ids", "position_ids") else IGNORE
+        fill: float = 0 if name in _INPUTS else IGNORE
         if name == "input_ids":
             fill = self.tokenizer.pad_token_id  # type: ignore[assignment]
         if tensors[0].is_floating_point():

@@ -32,7 +32,9 @@ class MappingHead(Head):
             [… outputs]. `None`: a head that predicts and is not trained here.
         loss: name of a loss: one of `reftheads.losses`.
         detach: makes it a probe: no gradient reaches the model.
-        weight: factor of its loss in the total.
+        weight: factor of its loss l in the total. Or "uncertainty": the factor is learnt, by a log-variance s that is
+            a parameter. The total gets l e⁻ˢ + s/2, with l/2 for l where the targets are numbers (Kendall, Gal and
+            Cipolla 2018, https://arxiv.org/abs/1705.07115, equation 10), and nothing from a batch without targets.
         bias: whether there is a b.
         dtype: of the parameters and of the computation.
         activation: "sigmoid", "softmax", "tanh" or another activation of transformers: of the prediction that users
@@ -57,7 +59,7 @@ class MappingHead(Head):
     target: str | None = None
     loss: str = "cross_entropy"
     detach: bool = False
-    weight: float = 1.0
+    weight: float | Literal["uncertainty"] = 1.0
     bias: bool = True
     dtype: str = "float32"
     activation: str | None = None
@@ -79,6 +81,8 @@ class MappingHead(Head):
             raise ValueError("cross_entropy over one class is always 0: use loss='mse', loss='bce' or more outputs")
         if self.activation is not None:
             _activation(self.activation)
+        if self.weight != "uncertainty" and not isinstance(self.weight, int | float):
+            raise ValueError(f"weight must be a number or 'uncertainty', got {self.weight!r}")
         if self.pool not in (None, "mean", "attention"):
             raise ValueError(f"pool must be 'mean', 'attention' or None, got {self.pool!r}")
         if self.pool is not None and self.shift:
@@ -143,6 +147,8 @@ class MappingHead(Head):
         made = self.named(self.layers_of(shape.width))
         if self.pool == "attention":
             made["q"] = nn.Parameter(torch.zeros(shape.width, dtype=read_dtype(self.dtype)))
+        if self.weight == "uncertainty":
+            made["s"] = nn.Parameter(torch.zeros((), dtype=read_dtype(self.dtype)))
         return made if self.trainable else {name: tensor.detach() for name, tensor in made.items()}
 
     def read(
@@ -183,8 +189,14 @@ class MappingHead(Head):
             prediction = self.shown(prediction)
         return masked_mean(self._loss, prediction, target, valid, self.ignore_index, self.class_weights)
 
-    def has_target(self, target: Tensor) -> bool:
-        return bool(self._loss.given(target, self.ignore_index).any())
+    def weighted(self, loss: Tensor, p: Params) -> Tensor:
+        if self.weight != "uncertainty":
+            return self.weight * loss
+        s, factor = p["s"], 0.5 if self.kind == "numbers" else 1
+        return torch.where(loss == 0, 0, factor * loss * (-s).exp() + s / 2)
+
+    def given(self, target: Tensor) -> Tensor:
+        return self._loss.given(target, self.ignore_index)
 
 
 @dataclass(frozen=True)

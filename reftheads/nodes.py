@@ -128,7 +128,7 @@ class Head(Reader):
     """A reader with a loss: its output is a prediction of a target column of the batch."""
 
     target: str | None
-    weight: float
+    weight: Any = 1.0  # of its loss in the total
     kind: str | None = None  # what its targets are, see `Loss`; heads with one target need one kind
     target_width: int | None = None  # how many numbers a target is; `None`: one, without a dimension of its own
     shift: bool = False  # whether a token's target is that of the next column
@@ -142,6 +142,10 @@ class Head(Reader):
     ) -> Float[Tensor, ""]:
         """The mean loss over slots that are valid and have a target."""
 
+    def weighted(self, loss: Float[Tensor, ""], p: Params) -> Float[Tensor, ""]:
+        """What its loss adds to the total."""
+        return self.weight * loss
+
     def check(
         self,
         target: Shaped[Tensor, "*batch slots *target_width"],
@@ -150,9 +154,9 @@ class Head(Reader):
     ) -> None:
         """Raises `ValueError` for a target in a valid slot that cannot be, and says `where`, with its row put in."""
 
-    def has_target(self, target: Tensor) -> bool:
-        """Whether any of these targets is given."""
-        return True
+    def given(self, target: Shaped[Tensor, "*items"]) -> Bool[Tensor, "*items"]:
+        """Which of these targets are there."""
+        return torch.ones_like(target, dtype=torch.bool)
 
 
 def _shown(value: Any) -> str:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
-from reftheads.nodes import Head, Reader
+from reftheads.nodes import Head, Params, Reader
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Shaped
 
-FIELDS = ("predictions", "losses", "collected", "selected", "head_loss", "adapter_loss")
+FIELDS = ("predictions", "losses", "counts", "collected", "selected", "head_loss", "adapter_loss")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Reading:
     columns: Int[Tensor, "batch slots"] | None  # where they lie in the pass; None: slots are its columns
     length: int  # columns of the pass
     single: bool  # one token a row, by its rule
+    p: Params  # of the node
 
     @property
     def shown(self) -> Float[Tensor, "batch *slots outputs"]:
@@ -44,6 +45,7 @@ def extend(output: Any, readings: dict[str, Reading], targets: dict[str, Tensor]
     * `predictions[name]`: what a head predicts, [batch outputs] for one token a row, else
       [batch slots outputs];
     * `losses[name]`: its loss, where the batch holds its target;
+    * `counts[name]`: of how many targets that is the mean;
     * `head_loss`: their weighted sum, which is added to `loss`;
     * `collected[name]`: activations read by `Collect`;
     * `selected[name]`: Bool[batch slots], which slots hold a token; the others are zero.
@@ -54,22 +56,26 @@ def extend(output: Any, readings: dict[str, Reading], targets: dict[str, Tensor]
     """
     if not isinstance(output, ModelOutput):
         raise ValueError("a graph that reads needs a named output: leave return_dict=False out")
-    predictions, losses, collected = {}, {}, {}
+    predictions, losses, counts, collected = {}, {}, {}, {}
+    total: Tensor | None = None
     for name, reading in readings.items():
-        if not isinstance(reading.reader, Head):
+        head = reading.reader
+        if not isinstance(head, Head):
             collected[name] = reading.shown
             continue
         predictions[name] = reading.shown
-        if reading.reader.target in targets:
-            losses[name] = _loss(name, reading, targets[reading.reader.target])
+        if head.target in targets:
+            losses[name], counts[name] = _loss(name, head, reading, targets[head.target])
+            weighted = head.weighted(losses[name], reading.p)
+            total = weighted if total is None else total + weighted
     values = {f.name: getattr(output, f.name) for f in fields(output)}  # type: ignore[arg-type]
-    total = None
-    if losses:
-        total = sum(reading.reader.weight * losses[name] for name, reading in readings.items() if name in losses)  # type: ignore[union-attr]
+    if total is not None:
         loss = values.get("loss")
         values["loss"] = total if loss is None else loss + total
     selected = {name: reading.valid for name, reading in readings.items()}
-    extra = {"predictions": predictions, "losses": losses, "collected": collected, "selected": selected}
+    extra = {
+        "predictions": predictions, "losses": losses, "counts": counts, "collected": collected, "selected": selected
+    }  # fmt: skip
     values |= {name: value or None for name, value in extra.items()}
     return _extended(type(output))(**values, head_loss=total)
 
@@ -81,9 +87,10 @@ def replaced(output: ModelOutput, **values: Any) -> ModelOutput:
     return cls(**known | values)
 
 
-def _loss(name: str, reading: Reading, target: Shaped[Tensor, "batch ..."]) -> Float[Tensor, ""]:
-    head, valid = reading.reader, reading.valid
-    assert isinstance(head, Head)
+def _loss(
+    name: str, head: Head, reading: Reading, target: Shaped[Tensor, "batch ..."]
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    valid = reading.valid
     if not isinstance(target, Tensor) or target.is_complex():
         raise ValueError(f"target {head.target!r} of head {name!r} must be a tensor of numbers, got {target!r}")
     width = () if head.target_width is None else (head.target_width,)
@@ -109,7 +116,8 @@ def _loss(name: str, reading: Reading, target: Shaped[Tensor, "batch ..."]) -> F
         )
     if shaped.device.type == "cpu":  # elsewhere a look at the values would wait for the device
         head.check(shaped, valid=valid)
-    return head.loss_of(reading.value, shaped, valid)
+    counts = head.given(shaped) & (valid[..., None] if width else valid)
+    return head.loss_of(reading.value, shaped, valid), counts.sum()
 
 
 @cache

@@ -26,15 +26,16 @@ NodeKey = tuple[str, str]  # adapter, node
 class SideBySide:
     """The same node of several adapters, each on an equal share of a batch's rows, with their weights stacked."""
 
-    def __init__(self, keys: Sequence[NodeKey], modules: Sequence[NodeModule]):
-        self.keys = keys
-        self.intervention = modules[0].intervention
-        self.training = modules[0].training
+    def __init__(self, modules: Mapping[NodeKey, NodeModule]):
+        self.modules = modules
+        one = next(iter(modules.values()))
+        self.intervention = one.intervention
+        self.training = one.training
 
     def __call__(self, p: Params | None, h: Tensor, context: Context) -> Tensor:
         """Edits or reads `h` [adapters·rows slots width] with parameters that have a dimension of adapters."""
         assert p is not None
-        share = (len(self.keys), -1)
+        share = (len(self.modules), -1)
         x, valid = (None if t is None else t.unflatten(0, share) for t in (context.x, context.valid))
         in_dims = (0, 0, None if x is None else 0, None if valid is None else 0)
         act = torch.vmap(self._one, in_dims=in_dims, randomness="different")

@@ -204,11 +204,13 @@ class Interventions(nn.Module, BaseTunerLayer):
             if len(stacked) > 1 and planned.node.source is None and p is not None:
                 if adapter != stacked[0]:
                     continue
-                keys = [(other, key[1]) for other in stacked]
-                modules: list[NodeModule] = [self.rh_nodes[other][planned.node.key] for other in stacked]  # type: ignore[index,misc]
-                every = [derived[other] or {} for other in modules]
+                modules: dict[NodeKey, NodeModule] = {
+                    (other, key[1]): self.rh_nodes[other][planned.node.key]  # type: ignore[index,misc]
+                    for other in stacked
+                }
+                every = [derived[other] or {} for other in modules.values()]
                 p = {name: torch.stack([params[name] for params in every]) for name in p}
-                yield Acting(key, planned, SideBySide(keys, modules), p, module.dtype, None)
+                yield Acting(key, planned, SideBySide(modules), p, module.dtype, None)
                 continue
             if self.adapter_names is not None and tokens is not None:
                 rows = self._rows_of(adapter, tokens)
@@ -373,14 +375,14 @@ class Interventions(nn.Module, BaseTunerLayer):
         value = module(node.params, h.to(node.dtype or h.dtype), context)
         if module.intervention.pools:
             valid, columns = valid.any(1, keepdim=True), None
-        owned = {node.key: valid}
+        owned = {node.key: (valid, module.stored())} if isinstance(module, NodeModule) else {}
         if isinstance(module, SideBySide):
-            whose = torch.arange(len(h), device=h.device)[:, None] // (len(h) // len(module.keys))
-            owned = {key: valid & (whose == i) for i, key in enumerate(module.keys)}
+            whose = torch.arange(len(h), device=h.device)[:, None] // (len(h) // len(module.modules))
+            owned = {key: (valid & (whose == i), own.stored()) for i, (key, own) in enumerate(module.modules.items())}
         single = node.planned.node.positions.bound == 1 or module.intervention.pools
-        for key, own in owned.items():
+        for key, (own, p) in owned.items():
             seen = torch.where(own[..., None], value, torch.zeros_like(value))
-            run.readings[key] = Reading(module.intervention, seen, own, columns, length, single)
+            run.readings[key] = Reading(module.intervention, seen, own, columns, length, single, p)
             if single and self.generation is not None:
                 sources = self.generation.sources
                 sources[key] = Source(seen, own).since(sources.get(key))

@@ -2,18 +2,20 @@
 
 import os
 import random
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
-from reftheads.data import Collator, prompts_only
+from reftheads.data import Collator, flat, prompts_only
 from reftheads.forecast import Forecast, describe
 from reftheads.losses import IGNORE
 from reftheads.model import InterventionModel
@@ -30,7 +32,8 @@ class InterventionTrainer(Trainer):
     """`transformers.Trainer` with what an `InterventionModel` needs besides.
 
     * Batches are padded by `Collator`, and keep `prompt_mask` and the heads' target columns.
-    * The losses of heads are means, and stay so under gradient accumulation; each is logged as `loss_<name>`.
+    * The losses of heads are means, and stay so under gradient accumulation; each is logged as `loss_<name>`, and
+      `evaluate` gives each as `eval_loss_<name>`, a mean over batches as `eval_loss` is.
     * `predict_with_generate` feeds the prompts alone and compares what is generated from them.
     * A node with a learning rate of its own, such as `LinearHead(…, lr=1e-3)`, gets a parameter group of its own.
     * A loss that is not finite stops the training before it reaches the weights.
@@ -96,7 +99,7 @@ class InterventionTrainer(Trainer):
         self.generation_kwargs = {"max_new_tokens": 64, "do_sample": False, **(generation_kwargs or {})}
         self.reuse = reuse
         self.reuse_summary = ""
-        self._by_head: dict[str, list[Tensor]] = defaultdict(list)  # losses since the last log
+        self._trained, self._evaluated = _MeanLosses(), _MeanLosses()  # of heads, since the last log
         self._replay: Replay | None = None
         self._described: tuple[nn.Module, bool] | None = None  # the base model of `reuse_summary`, and its mode
         self._wants_logits = self.label_smoother is not None or self.compute_loss_func is not None
@@ -140,9 +143,7 @@ class InterventionTrainer(Trainer):
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
-        if model.training:
-            for name, own in (outputs.get("losses") or {}).items():  # type: ignore[union-attr]
-                self._by_head[name].append(own.detach())
+        (self._trained if model.training else self._evaluated).add(outputs)  # type: ignore[arg-type]
         heads: Tensor | None = outputs.get("head_loss")  # type: ignore[union-attr]
         if heads is not None and num_items_in_batch is not None and self.model_accepts_loss_kwargs and model.training:
             # the base model divides its loss by the items of all accumulated batches; the heads' are means of one
@@ -151,8 +152,7 @@ class InterventionTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= {f"loss_{name}": float(torch.stack(found).mean()) for name, found in self._by_head.items()}
-            self._by_head.clear()
+            logs |= {f"loss_{name}": loss for name, loss in self._trained.take(self.accelerator).items()}
             store = self._replay.store if self._replay is not None else None
             logs |= {} if store is None else {f"reuse_{name}": float(n) for name, n in store.counters().items()}
         super().log(logs, *args, **kwargs)
@@ -193,7 +193,7 @@ class InterventionTrainer(Trainer):
         batches = self._sample()
         self.reuse_summary = describe(replay, batches)
         rows: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        size = Forecast.of(replay, batches).bytes_of(len(rows)) if batches else None
+        size = Forecast.of(replay, batches).bytes_of(_length(rows)) if batches else None
         replay.recorder.store, why = choose_store(
             self.reuse,  # type: ignore[arg-type]
             size,
@@ -224,6 +224,13 @@ class InterventionTrainer(Trainer):
             return self.args.num_train_epochs <= 1
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return self.args.max_steps * step <= rows
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._evaluated = _MeanLosses()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        losses = self._evaluated.take(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_loss_{name}": loss for name, loss in losses.items()})  # type: ignore[union-attr]
+        return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -267,6 +274,27 @@ class InterventionTrainer(Trainer):
         return loss, torch.where(behind, IGNORE, new), inputs.get("labels")
 
 
+class _MeanLosses:
+    """The losses of heads over several batches, each a mean over the targets."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # of losses, and how many
+
+    def add(self, output: Mapping[str, Any]) -> None:
+        for name, loss in (output.get("losses") or {}).items():
+            count = output["counts"][name]
+            sums = torch.stack([loss.detach().float() * count, count.float()])
+            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+
+    def take(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means so far, over all processes, without heads that had no target; begins anew."""
+        names = sorted(set(gather_object(list(self._sums))))
+        none = torch.zeros(2, device=accelerator.device)
+        sums = {name: accelerator.reduce(self._sums.get(name, none)) for name in names}
+        self._sums = {}
+        return {name: float(loss / count) for name, (loss, count) in sums.items() if count > 0}
+
+
 def own_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Gives the parameters of nodes with a learning rate of their own a group with that rate."""
     nodes = [module for module in model.modules() if isinstance(module, NodeModule)]
@@ -289,7 +317,7 @@ def _check_targets(head: Head, dataset: Any, name: str) -> None:
     if all(isinstance(value, int | float) for value in values):
         target = torch.tensor(values)
         head.check(target, f"row {{row}} of {name}")
-        given = head.has_target(target)
+        given = bool(head.given(target).any())
     else:
         given = any([_row_has_target(head, value, f"row {row} of {name}") for row, value in enumerate(values)])
     if not given:
@@ -300,6 +328,8 @@ def _check_targets(head: Head, dataset: Any, name: str) -> None:
 
 def _row_has_target(head: Head, value: Any, where: str) -> bool:
     """Whether there is a target in one row; raises `ValueError` if it cannot be."""
+    if value is None:
+        return False
     try:
         target = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
@@ -311,13 +341,18 @@ def _row_has_target(head: Head, value: Any, where: str) -> bool:
             f"target {head.target!r} in {where} is {value!r}: give {head.target_width} numbers, one an output"
         )
     head.check(target, where)
-    return head.has_target(target)
+    return bool(head.given(target).any())
+
+
+def _length(dataset: Any) -> int:
+    """How many rows there are, those of pairs one by one."""
+    return len(flat(dataset)) if isinstance(dataset, list | tuple) else len(dataset)
 
 
 def _values(dataset: Any, column: str) -> Sequence[Any] | None:
     """A column of a dataset; `None` if only running through all of its rows would show it."""
     if isinstance(dataset, list | tuple):
-        return [row.get(column) for row in dataset]
+        return [row.get(column) for row in flat(dataset)]
     return list(dataset[column]) if column in (getattr(dataset, "column_names", None) or ()) else None
 
 
@@ -337,5 +372,8 @@ def _columns(dataset: Any) -> list[str] | None:
     """The names of a dataset's columns; `None` if only running through it would show them."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         return getattr(dataset, "column_names", None)
+    if isinstance(dataset, list | tuple):
+        rows = flat(dataset)
+        return list(dict.fromkeys(name for row in rows for name in row)) if isinstance(rows[0], Mapping) else None
     row = dataset[0]
     return list(row) if isinstance(row, Mapping) else None

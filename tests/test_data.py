@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import reftheads as rh
 from reftheads.data import prompts_only
@@ -117,3 +119,94 @@ def test_rows_without_masks_get_one_and_token_types_are_padded_with_a_valid_one(
     batch = rh.Collator(tokenizer)(rows)
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["token_type_ids"].tolist() == [[0, 0, 1], [0, 0, 0]]
+
+
+# --- several tasks, pairs ----------------------------------------------------------------------------------
+
+
+def test_targets_that_some_rows_lack_are_missing_and_not_zero(tokenizer):
+    rows = [
+        {"input_ids": [3, 4], "grade": 2, "score": None, "tags": [0, 1], "pair": [0.5, 1.0, 2.0]},
+        {"input_ids": [5, 6, 7], "score": 0.5},
+    ]
+    batch = rh.Collator(tokenizer)(rows)
+    assert batch["grade"].tolist() == [2, -100]
+    assert batch["score"].isnan().tolist() == [True, False] and batch["score"][1] == 0.5
+    assert batch["tags"].tolist() == [[0, 1, -100], [-100, -100, -100]]
+    assert batch["pair"][0].tolist() == [0.5, 1.0, 2.0] and batch["pair"][1].isnan().all()
+
+
+def test_a_column_that_no_row_of_a_batch_has_is_left_out(tokenizer):
+    assert "grade" not in rh.Collator(tokenizer)([{"input_ids": [3], "grade": None}, {"input_ids": [4]}])
+
+
+def test_a_row_without_prompt_mask_beside_others_is_prompt_as_a_whole(tokenizer):
+    chat = rh.encode_pairs(tokenizer, ["a b"], ["c"])[0]
+    batch = rh.Collator(tokenizer)([chat, {"input_ids": [3, 4], "grade": 1}])
+    assert batch["prompt_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 0, 0]]
+    assert batch["labels"][1].tolist() == [-100] * 4
+
+
+def test_inputs_that_only_some_rows_have_are_an_error(tokenizer):
+    with pytest.raises(ValueError, match="some rows have 'token_type_ids' and some do not"):
+        rh.Collator(tokenizer)([{"input_ids": [3], "token_type_ids": [0]}, {"input_ids": [4]}])
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    shares=st.lists(st.floats(0.1, 5), min_size=4, max_size=4),
+    length=st.integers(0, 60),
+)
+def test_a_mix_has_its_length_its_shares_and_every_row_of_a_task_as_often_as_the_others(sizes, shares, length):
+    tasks = {f"t{i}": [{"input_ids": [i], f"y{i}": j} for j in range(n)] for i, n in enumerate(sizes)}
+    weights = {f"t{i}": shares[i] for i in range(len(sizes))}
+    rows = rh.mix(tasks, weights, length=length, seed=3)
+    assert len(rows) == length
+    for i, n in enumerate(sizes):
+        own = [row[f"y{i}"] for row in rows if row["input_ids"] == [i]]
+        assert abs(len(own) - length * shares[i] / sum(shares[: len(sizes)])) <= 1
+        counts = [own.count(j) for j in range(n)]
+        assert max(counts) - min(counts) <= 1
+        assert all(row[f"y{i}"] == -100 for row in rows if row["input_ids"] != [i] and own)
+
+
+def test_temperature_makes_the_shares_more_equal(tokenizer):
+    tasks = {"large": [{"input_ids": [3]}] * 1000, "small": [{"input_ids": [4]}] * 10}
+
+    def share(**options) -> float:
+        return sum(row["input_ids"] == [4] for row in rh.mix(tasks, **options)) / 1010
+
+    assert share() == pytest.approx(10 / 1010)
+    assert share(temperature=2) == pytest.approx(1 / 11, abs=1e-3)  # √10 : √1000
+    assert rh.mix(tasks, seed=1) == rh.mix(tasks, seed=1) != rh.mix(tasks, seed=2)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (({},), "at least one task"),
+        (({"a": []},), r"rows for each: got \{'a': 0\}"),
+        (({"a": [{"input_ids": [3]}]}, {"b": 1}), r"a positive number to each of a, got \{'b': 1\}"),
+        (({"a": [{"input_ids": [3]}]}, {"a": 0}), "positive number"),
+    ],
+)
+def test_tasks_that_cannot_be_mixed_are_an_error(given, message):
+    with pytest.raises(ValueError, match=message):
+        rh.mix(*given)
+
+
+def test_a_pair_of_preferences_lands_in_one_batch_under_one_number(tokenizer):
+    pairs = rh.encode_preferences(tokenizer, ["a", "b c"], ["d", "e"], ["f g", "h"])
+    batch = rh.Collator(tokenizer)(pairs[::-1])
+    assert batch["preference"].tolist() == [2, -2, 1, -1]
+    rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+    assert [tokenizer.decode(ids[real]) for ids, real in rows] == ["b c e </s>", "b c h </s>", "a d </s>", "a f g </s>"]
+    assert "labels" not in batch and "prompt_mask" not in batch
+
+
+def test_conversations_make_pairs_too_and_numbers_that_differ_are_an_error(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    [(chosen, rejected)] = rh.encode_preferences(tokenizer, [[{"role": "user", "content": "a"}]], ["b"], ["c"])
+    assert chosen["input_ids"][:-2] == rejected["input_ids"][:-2] and chosen["input_ids"] != rejected["input_ids"]
+    with pytest.raises(ValueError, match="got 1 prompts, 2 and 1 answers"):
+        rh.encode_preferences(tokenizer, ["a"], ["b", "c"], ["d"])

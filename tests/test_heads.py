@@ -401,3 +401,38 @@ def test_a_pool_is_no_source_since_it_sees_later_tokens():
 def test_the_last_map_of_an_mlp_can_lack_its_bias():
     made = rh.MLPHead(3, hidden=8, layers=2, output_bias=False).parameters(rh.Shape(WIDTH))
     assert list(made) == ["W0", "b0", "W1", "b1", "W2"]
+
+
+# --- weights that are learnt --------------------------------------------------------------------------------
+
+
+def test_uncertainty_weighs_losses_by_the_formula_and_is_learnt():
+    nodes = [
+        rh.Node(rh.LinearHead(2, target="c", weight="uncertainty"), 1, positions="l1", name="class"),
+        rh.Node(rh.LinearHead(1, target="y", loss="mse", weight="uncertainty"), 1, positions="l1", name="number"),
+        rh.Node(rh.LinearHead(1, target="z", loss="mse", weight=0.3), 1, positions="l1", name="fixed"),
+    ]
+    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph(*nodes)).double()
+    randomise(model)
+    batch = {"input_ids": random_ids(), "c": torch.tensor([1, 0]), "y": torch.tensor([0.5, 2.0]).double()}
+    out = model(**batch, z=batch["y"])
+    s, t = (model.node(name).s.detach() for name in ("class", "number"))
+    loss = {name: value.detach() for name, value in out.losses.items()}
+    want = loss["class"] * (-s).exp() + s / 2 + 0.5 * loss["number"] * (-t).exp() + t / 2 + 0.3 * loss["fixed"]
+    torch.testing.assert_close(out.head_loss.detach(), want, **EXACT)
+    out.loss.backward()
+    torch.testing.assert_close(model.node("class").s.grad, 0.5 - loss["class"] * (-s).exp(), **EXACT)
+    torch.testing.assert_close(model.node("number").s.grad, 0.5 - 0.5 * loss["number"] * (-t).exp(), **EXACT)
+
+
+def test_uncertainty_learns_nothing_from_a_batch_without_targets():
+    model = with_head(rh.LinearHead(2, target="c", weight="uncertainty"))
+    out = model(input_ids=random_ids(), c=torch.tensor([-100, -100]))
+    assert out.loss == 0
+    out.loss.backward()
+    assert model.node("head").s.grad == 0
+
+
+def test_a_weight_that_is_no_number_is_an_error():
+    with pytest.raises(ValueError, match="weight must be a number or 'uncertainty', got 'learnt'"):
+        rh.LinearHead(2, weight="learnt")

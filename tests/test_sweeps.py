@@ -26,8 +26,10 @@ def edits(rank: int = 2, dtype: str = "float32", **options: Any) -> rh.Intervent
     return rh.InterventionGraph.over([1, 2], rh.LoReFT(rank=rank, dtype=dtype, **options), positions="l2")
 
 
-def head(layer: int, name: str, detach: bool = False, outputs: int = 2, target: str | None = "label") -> rh.Node:
-    what = rh.LinearHead(outputs=outputs, target=target, weight=0.5, detach=detach, dtype="float64")
+def head(
+    layer: int, name: str, detach: bool = False, outputs: int = 2, target: str | None = "label", weight: Any = 0.5
+) -> rh.Node:
+    what = rh.LinearHead(outputs=outputs, target=target, weight=weight, detach=detach, dtype="float64")
     return rh.Node(what, layer=layer, positions="l1", name=name)
 
 
@@ -48,7 +50,7 @@ GATED = rh.InterventionGraph(
     rh.Node(rh.Gated(rh.LoReFT(rank=2, dtype="float64")), 1, positions="l2", name="gated", source="gate"),
     rh.Node(rh.LoReFT(rank=2, dtype="float64"), 2, positions="l1", name="free"),
 )
-HEADS = rh.InterventionGraph(head(0, "low"), head(2, "high"))
+HEADS = rh.InterventionGraph(head(0, "low"), head(2, "high", weight="uncertainty"))
 DOUBLE = edits(dtype="float64")
 
 

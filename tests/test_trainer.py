@@ -328,3 +328,25 @@ def test_every_heads_loss_is_logged_by_its_name(tokenizer, rows, tmp_path, reuse
     assert len(logs) == 2
     for entry in logs:
         assert entry["loss"] == pytest.approx(0.5 * entry["loss_long"] + entry["loss_sort"], rel=1e-3)
+
+
+@pytest.mark.parametrize("reuse", ["memory", "off"])
+def test_every_heads_loss_is_a_mean_over_its_targets_in_logs_and_evaluation(tokenizer, rows, tmp_path, reuse):
+    rows = [
+        {"input_ids": row["input_ids"]} | ({"sort": i % 3} if i % 3 else {"long": float(i)})
+        for i, row in enumerate(rows)
+    ]
+    graph = rh.InterventionGraph(
+        rh.Node(rh.LinearHead(1, target="long", loss="mse"), 0, positions="l1", name="long"),
+        rh.Node(rh.LinearHead(3, target="sort"), 1, positions="l1", name="sort"),
+    )
+    args = arguments(tmp_path, max_steps=4, learning_rate=0.0, logging_steps=4)
+    trainer = fit(tokenizer, rows, args, graph, eval_dataset=rows, reuse=reuse)
+    evaluated, [logged, *_] = trainer.evaluate(), trainer.state.log_history
+    model = trainer.model.eval()
+    for name in ("long", "sort"):
+        own = [row for row in rows if name in row]
+        want = float(model(**rh.Collator(tokenizer)(own)).losses[name].detach())
+        assert evaluated[f"eval_loss_{name}"] == pytest.approx(want, rel=1e-4)
+        assert logged[f"loss_{name}"] == pytest.approx(want, rel=1e-4)
+    assert trainer.evaluate().keys() == evaluated.keys()
