@@ -219,8 +219,8 @@ def mix(
 def complete(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows with all columns that any of them has; what a row lacks, or has as `None`, is no target there.
 
-    That is -100, or NaN among floats, in the shape that the column has in other rows; a `prompt_mask` that is missing
-    says that the whole row is prompt.
+    That is -100, or NaN among floats, in the shape that the column has in other rows. Masks that are missing say that
+    all tokens are real, and the whole row prompt.
 
     Raises:
         ValueError: a column of the input, such as `token_type_ids`, that only some rows have.
@@ -239,7 +239,7 @@ def complete(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def _missing(name: str, row: Row, other: Row) -> Any:
     """What stands for no target in a row, by the target of another one."""
     length = len(row["input_ids"])
-    if name == "prompt_mask":
+    if name in ("attention_mask", "prompt_mask"):
         return [1] * length
     if name in _INPUTS:
         raise ValueError(f"some rows have {name!r} and some do not: give it to all of them, or to none")

@@ -143,6 +143,11 @@ losses: dict[str, Loss | ItemLoss] = {
 """The known losses; add your own under a new name before a graph uses it: a function as `ItemLoss`, or a `Loss`."""
 
 
+def or_zero(loss: Float[Tensor, ""], labels: Shaped[Tensor, "*items"]) -> Float[Tensor, ""]:
+    """A model's own loss; 0 where none of its labels is given, which transformers makes NaN."""
+    return torch.where((labels != IGNORE).any().to(loss.device), loss, torch.zeros_like(loss))
+
+
 def masked_mean(
     loss: Loss | ItemLoss,
     prediction: Float[Tensor, "*items outputs"],

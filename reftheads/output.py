@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
+from reftheads.losses import or_zero
 from reftheads.nodes import Head, Params, Reader
 
 if TYPE_CHECKING:
@@ -39,14 +40,16 @@ class Reading:
         return value[:, 0] if self.single and value.shape[1] == 1 else value
 
 
-def extend(output: Any, readings: dict[str, Reading], targets: dict[str, Tensor]) -> ModelOutput:
+def extend(
+    output: Any, readings: dict[str, Reading], targets: dict[str, Tensor], labels: Tensor | None = None
+) -> ModelOutput:
     """Adds to a model's output, as further fields of the same class of output:
 
     * `predictions[name]`: what a head predicts, [batch outputs] for one token a row, else
       [batch slots outputs];
     * `losses[name]`: its loss, where the batch holds its target;
     * `counts[name]`: of how many targets that is the mean;
-    * `head_loss`: their weighted sum, which is added to `loss`;
+    * `head_loss`: their weighted sum, which is added to `loss`, the model's own for `labels`;
     * `collected[name]`: activations read by `Collect`;
     * `selected[name]`: Bool[batch slots], which slots hold a token; the others are zero.
 
@@ -69,8 +72,10 @@ def extend(output: Any, readings: dict[str, Reading], targets: dict[str, Tensor]
             weighted = head.weighted(losses[name], reading.p)
             total = weighted if total is None else total + weighted
     values = {f.name: getattr(output, f.name) for f in fields(output)}  # type: ignore[arg-type]
+    loss = values.get("loss")
+    if loss is not None and labels is not None:
+        values["loss"] = loss = or_zero(loss, labels)
     if total is not None:
-        loss = values.get("loss")
         values["loss"] = total if loss is None else loss + total
     selected = {name: reading.valid for name, reading in readings.items()}
     extra = {

@@ -50,7 +50,8 @@ def preset(name: str, base: nn.Module) -> InterventionGraph:
         return InterventionGraph(*nodes)
     lora = LoRA(rank, alpha=2 * rank)
     if where == "all-linear":
-        nodes = [Node(lora, component=path, name=_word(path)) for stack in found for path in _linear(base, stack)]
+        paths = [path for stack in found for block in stack.blocks for path in linear_modules(base, block)]
+        nodes = [Node(lora, component=path, name=_word(path)) for path in paths]
         if not nodes:
             raise ValueError(f"preset {name!r}: the blocks of this {type(base).__name__} hold no linear module")
         return InterventionGraph(*nodes)
@@ -67,12 +68,11 @@ def preset(name: str, base: nn.Module) -> InterventionGraph:
     return InterventionGraph(*nodes)
 
 
-def _linear(base: nn.Module, stack: StackInfo) -> Iterator[str]:
-    """Paths of the linear modules in the blocks, quantised ones and `Conv1D` as well."""
-    for block in stack.blocks:
-        for path, module in base.get_submodule(block).named_modules(prefix=block):
-            if isinstance(getattr(module, "in_features", getattr(module, "nx", None)), int):
-                yield path
+def linear_modules(base: nn.Module, block: str) -> Iterator[str]:
+    """Paths of the linear modules in a block, quantised ones and `Conv1D` as well."""
+    for path, module in base.get_submodule(block).named_modules(prefix=block):
+        if isinstance(getattr(module, "in_features", getattr(module, "nx", None)), int):
+            yield path
 
 
 def _side(stack: StackInfo, found: tuple[StackInfo, ...]):

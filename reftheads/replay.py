@@ -32,7 +32,7 @@ from reftheads.cone import Cone
 from reftheads.division import OURS, Division, shifted
 from reftheads.layout import Rows
 from reftheads.limits import NO_EDIT, Limits, fed_stack
-from reftheads.losses import IGNORE
+from reftheads.losses import IGNORE, or_zero
 from reftheads.modes import evaluating
 from reftheads.output import extend, replaced
 from reftheads.plan import Plan
@@ -294,8 +294,11 @@ class Replay:
             share = wanted.numel() // len(adapters)
             counts = torch.bincount(where // share, minlength=len(adapters)).tolist()
         parts = [
-            self.base.loss_function(  # type: ignore[operator]
-                logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=of_logits, **loss_options
+            or_zero(
+                self.base.loss_function(  # type: ignore[operator]
+                    logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=of_logits, **loss_options
+                ),
+                of_logits,
             )
             for logits, of_logits in zip(out.logits.split(counts, 1), wanted[where].split(counts), strict=True)
         ]

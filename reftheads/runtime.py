@@ -150,7 +150,7 @@ class Interventions(nn.Module, BaseTunerLayer):
         call, self.call = self.call, None
         if call is None or not call.readings or output is None:
             return None
-        return extend(output, call.named(), call.targets)
+        return extend(output, call.named(), call.targets, call.labels)
 
     # --- a call of a stack --------------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from reftheads.data import Collator, flat, prompts_only
+from reftheads.architectures import own_modules
+from reftheads.data import Collator, complete, flat, prompts_only
 from reftheads.forecast import Forecast, describe
 from reftheads.losses import IGNORE
 from reftheads.model import InterventionModel
@@ -25,6 +26,7 @@ from reftheads.reuse import choose_store
 from reftheads.runtime import Interventions
 from reftheads.store import ActivationStore
 
+_BASE = "base"  # folder of a checkpoint
 _SAMPLE = 64  # rows by which the size of a store is estimated
 
 
@@ -36,6 +38,7 @@ class InterventionTrainer(Trainer):
       `evaluate` gives each as `eval_loss_<name>`, a mean over batches as `eval_loss` is.
     * `predict_with_generate` feeds the prompts alone and compares what is generated from them.
     * A node with a learning rate of its own, such as `LinearHead(…, lr=1e-3)`, gets a parameter group of its own.
+    * Checkpoints hold the base model's weights too, in a folder `base`, if any of them is trained.
     * A loss that is not finite stops the training before it reaches the weights.
     * A step computes only what the graph can change, and takes the rest from a store; see
       `InterventionModel.reusing`. What is reused is `reuse_summary`; how often the store had what was wanted, and
@@ -86,6 +89,8 @@ class InterventionTrainer(Trainer):
                 raise ValueError(f"{name} is empty: give at least one row, as from encode_pairs")
         if data_collator is None and processing_class is not None:
             data_collator = Collator(processing_class)
+            # a batch without any row of a task has the columns of the others: all processes, and all steps, are alike
+            train_dataset, eval_dataset = map(_completed, (train_dataset, eval_dataset))
         super().__init__(
             model,
             args,
@@ -131,6 +136,26 @@ class InterventionTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         own_rates(optimizer, self.model)
         return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        base: Any = self.model.get_base_model()
+        if any(p.requires_grad for _, module in own_modules(base) for p in module.parameters(recurse=False)):
+            base.save_pretrained(os.path.join(output_dir or str(self.args.output_dir), _BASE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_base(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_base(str(self.state.best_model_checkpoint))
+
+    def _load_base(self, checkpoint: str) -> None:
+        folder, base = os.path.join(checkpoint, _BASE), self.model.get_base_model()
+        if os.path.isdir(folder):
+            saved: Any = type(base).from_pretrained(folder, dtype=base.dtype)  # type: ignore[attr-defined]
+            base.load_state_dict(saved.state_dict(), strict=False)  # which lacks the graph
 
     def compute_loss(
         self,
@@ -342,6 +367,11 @@ def _row_has_target(head: Head, value: Any, where: str) -> bool:
         )
     head.check(target, where)
     return bool(head.given(target).any())
+
+
+def _completed(dataset: Any) -> Any:
+    rows = isinstance(dataset, list | tuple) and all(isinstance(row, Mapping) for row in dataset)
+    return complete(dataset) if rows else dataset
 
 
 def _length(dataset: Any) -> int:

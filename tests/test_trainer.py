@@ -1,5 +1,6 @@
 """Training: resuming, evaluation, generation, accumulation, mixed precision, checkpointing, bad input."""
 
+import math
 from pathlib import Path
 
 import models
@@ -33,6 +34,7 @@ def arguments(folder: Path, **options) -> TrainingArguments:
 
 
 EDIT = rh.InterventionGraph.over(range(2), rh.LoReFT(rank=2, dropout=0.1), positions="f1+l1")
+EDIT_WITHOUT_DROPOUT = rh.InterventionGraph.over(range(2), rh.LoReFT(rank=2), positions="f1+l1")
 
 
 @pytest.fixture
@@ -350,3 +352,50 @@ def test_every_heads_loss_is_a_mean_over_its_targets_in_logs_and_evaluation(toke
         assert evaluated[f"eval_loss_{name}"] == pytest.approx(want, rel=1e-4)
         assert logged[f"loss_{name}"] == pytest.approx(want, rel=1e-4)
     assert trainer.evaluate().keys() == evaluated.keys()
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("reuse", ["memory", "off"])
+def test_batches_without_any_label_train_the_heads_alone(tokenizer, rows, tmp_path, reuse, accumulated):
+    whole = [{"input_ids": row["input_ids"], "sort": i % 3} for i, row in enumerate(rows)]
+    some = [row | (rows[i] if i < 2 else {}) for i, row in enumerate(whole)]
+    graph = rh.InterventionGraph(
+        rh.Node(rh.LoReFT(rank=2), 0, positions="all", name="edit"),
+        rh.Node(rh.LinearHead(3, target="sort"), 1, positions="f1", name="sort"),
+    )
+    args = arguments(tmp_path, max_steps=8, gradient_accumulation_steps=accumulated, seed=1)
+    trainer = fit(tokenizer, some, args, graph, reuse=reuse)
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+    model = trainer.model.eval()
+    batch = rh.Collator(tokenizer)(some[2:4] + some[:1])
+    without = {name: value[:2] for name, value in batch.items()}
+    out = model(**without)
+    torch.testing.assert_close(out.loss, out.losses["sort"])
+    out.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_base_that_is_trained_is_in_checkpoints_and_resumes(tokenizer, rows, tmp_path):
+    def model():
+        made = rh.InterventionModel(tiny_llama(len(tokenizer)), EDIT_WITHOUT_DROPOUT)
+        made.get_base_model().requires_grad_(True)
+        return made
+
+    def trained(folder: str, steps: int, resume: str | None = None):
+        args = arguments(
+            tmp_path / folder, max_steps=steps, save_strategy="steps", save_steps=3, lr_scheduler_type="constant"
+        )
+        trainer = rh.InterventionTrainer(model(), args, train_dataset=rows, processing_class=tokenizer)
+        trainer.train(resume_from_checkpoint=resume)
+        return weights(trainer.model)
+
+    whole = trained("whole", 6)
+    trained("half", 3)
+    resumed = trained("half", 6, resume=str(tmp_path / "half" / "checkpoint-3"))
+    start = weights(model())
+    assert resumed.keys() == whole.keys() and any("embed_tokens" in name for name in whole)
+    for name, expected in whole.items():
+        torch.testing.assert_close(resumed[name], expected, atol=1e-6, rtol=1e-5)
+        assert not torch.equal(start[name], expected), name
+    reloaded = LlamaForCausalLM.from_pretrained(tmp_path / "half" / "checkpoint-6" / "base")
+    assert torch.equal(reloaded.lm_head.weight, resumed["base_model.model.lm_head.weight"])
