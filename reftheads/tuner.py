@@ -164,6 +164,8 @@ class InterventionTuner(BaseTuner):
         if getattr(model, CHILD, None) is None:
             setattr(model, CHILD, layer)
             record_prompts(model)
+        # so that the base model's own save_pretrained writes the base model alone
+        _not_saved(model).update(layer.state_dict(prefix=f"{CHILD}."))
         inference = config.inference_mode
         if adapter_name in self.active_adapters:
             self.set_adapter(self.active_adapters, inference_mode=inference)
@@ -203,6 +205,8 @@ class InterventionTuner(BaseTuner):
     def unload(self) -> nn.Module:
         """The base model, without hooks and parameters of the graph."""
         self.layer.detach_hooks()
+        left_out = _not_saved(self.model)
+        left_out.difference_update([name for name in left_out if name.startswith(f"{CHILD}.")])
         delattr(self.model, CHILD)
         self.model.__dict__.pop("generate", None)
         if hasattr(self.model, "peft_config"):
@@ -282,6 +286,12 @@ class InterventionTuner(BaseTuner):
             )  # fmt: skip
         table.add_row("total", "", "", "", "", "", f"{total:,}")
         print(render(table))
+
+
+def _not_saved(model: nn.Module) -> set[str]:
+    """The names of what the `save_pretrained` of a model of transformers leaves out."""
+    names = getattr(model, "_keys_to_ignore_on_save", None)
+    return names if isinstance(names, set) else set()
 
 
 def _find_layer(model: nn.Module) -> tuple[str, Interventions]:

@@ -1,6 +1,6 @@
-"""What pyreft and pyvene get wrong or cannot do on today's stack, each done right here.
+"""What pyreft, pyvene and transformer-heads get wrong or cannot do on today's stack, each done right here.
 
-The order is that of everyday work: train, save, load, generate, and then what goes wrong in silence.
+The order is that of everyday work: train, save, load, generate, and then what goes wrong in silence; heads come last.
 """
 
 import pytest
@@ -380,3 +380,126 @@ def test_saving_keeps_options_and_shared_modules(tmp_path):
     assert loaded.node("n_0") is loaded.node("n_2")
     ids = random_ids()
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+# --- heads: broken or silently wrong in transformer-heads ---
+
+
+def with_head(base, head: rh.LinearHead, *nodes: rh.Node, **where) -> rh.InterventionModel:
+    where = where or {"component": "final_norm_output", "positions": "l1"}
+    model = rh.InterventionModel(base, rh.InterventionGraph(*nodes, rh.Node(head, name="head", **where))).eval()
+    randomise(model)
+    return model
+
+
+def moods(count: int = 8) -> list[dict]:
+    return [{"input_ids": row.tolist(), "mood": i % 2} for i, row in enumerate(random_ids(count, 6))]
+
+
+def test_a_probe_alone_on_a_model_with_tied_embeddings_trains_generates_saves_and_loads(tmp_path):
+    base, ids = tiny_gpt2(), random_ids()
+    assert base.lm_head.weight is base.transformer.wte.weight
+    plain, written = base(ids).logits, base.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    model = with_head(base, rh.LinearHead(2, "mood", detach=True), layer=1, positions="l1")
+    before = model(ids).predictions["head"]
+    options = {"remove_unused_columns": False, "label_names": ["mood"]}
+    trainer(model, moods(), tmp_path / "run", save_strategy="epoch", **options).train()
+    model.eval()
+    expected = model(ids).predictions["head"]
+    assert not torch.equal(expected, before)
+    assert torch.equal(model(ids).logits, plain)
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=4, do_sample=False), written)
+    model.save_pretrained(tmp_path / "saved")
+    for folder in ("saved", "run/checkpoint-8"):
+        loaded = rh.InterventionModel.from_pretrained(tiny_gpt2(), tmp_path / folder).eval()
+        assert torch.equal(loaded(ids).predictions["head"], expected)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_a_new_language_model_head_that_was_trained_with_lora_is_the_trained_one_after_loading(make, tmp_path):
+    base = make()
+    head = rh.LinearHead(VOCAB, "next", bias=False, shift=True)
+    nodes = [rh.Node(rh.LoRA(rank=2), layer, "query_output", name=f"lora_{layer}") for layer in range(LAYERS)]
+    node = rh.Node(head, component="final_norm_output", name="lm")
+    model = rh.InterventionModel(base, rh.InterventionGraph(*nodes, node))
+    old = base.get_output_embeddings().weight.clone()
+    model.node("lm").assign(W=old)
+    rows = [{"input_ids": row.tolist(), "next": row.tolist()} for row in random_ids(8, 6)]
+    trainer(model, rows, tmp_path / "run", remove_unused_columns=False, label_names=["next"]).train()
+    model.eval().save_pretrained(tmp_path / "saved")
+    out = model(random_ids())
+    assert (out.predictions["lm"] - out.logits).abs().max() > 0.1  # trained away from the old one, which stays
+    assert torch.equal(base.get_output_embeddings().weight, old)
+    again = rh.InterventionModel.from_pretrained(make(), tmp_path / "saved").eval()(random_ids())
+    assert torch.equal(again.predictions["lm"], out.predictions["lm"]) and torch.equal(again.logits, out.logits)
+
+
+def test_evaluation_has_no_dropout_of_the_base_or_of_nodes(tmp_path):
+    lora = rh.Node(rh.LoRA(rank=2, dropout=0.5), 0, "query_output", name="lora")
+    model = with_head(tiny_gpt2(), rh.LinearHead(2, "mood"), lora)  # GPT-2's own dropout is 0.1
+    rows, ids = moods(), random_ids()
+    run = trainer(model, rows, tmp_path, remove_unused_columns=False, label_names=["mood"])
+    model.train()
+    assert not torch.equal(model(ids, mood=torch.ones(2)).loss, model(ids, mood=torch.ones(2)).loss)
+    losses = []
+    for _ in range(2):
+        model.train()
+        losses.append(run.evaluate()["eval_loss"])
+    model.eval()
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    assert losses[0] == losses[1] == pytest.approx(model(**batch).loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_where_pad_is_eos_a_sequence_head_reads_a_row_as_if_it_were_alone_wherever_eos_stands(make, side):
+    eos = 2
+    base = make(pad_token_id=eos)
+    model = with_head(base.double(), rh.LinearHead(3, "y")).double()
+    rows = [[5, 6, eos, 7, 8, 9], [eos, 10, 11], [12, 13, 14, eos], [eos], [eos, eos, 15]]
+    pads = [[eos] * (6 - len(row)) for row in rows]
+    ids = torch.tensor([row + pad if side == "right" else pad + row for row, pad in zip(rows, pads, strict=True)])
+    ones = [[1] * len(row) for row in rows]
+    none = [[0] * len(pad) for pad in pads]
+    mask = torch.tensor([a + b if side == "right" else b + a for a, b in zip(ones, none, strict=True)])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # GPT-2 learns them, and counts columns if it is not told
+    together = model(ids, attention_mask=mask, position_ids=positions).predictions["head"]
+    alone = torch.cat([model(torch.tensor([row])).predictions["head"] for row in rows])
+    torch.testing.assert_close(together, alone, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_what_leaves_the_last_block_and_what_leaves_the_final_norm_are_two_things(make):
+    base, ids, raw = make(), random_ids(), []
+    body = base.base_model
+    blocks, norm, eps = (body.layers, body.norm, 1e-6) if make is tiny_llama else (body.h, body.ln_f, 1e-5)
+    torch.nn.init.normal_(norm.weight)
+    blocks[-1].register_forward_hook(lambda module, args, out: raw.append(out))
+    graph = rh.InterventionGraph(
+        rh.Node(rh.Collect(), -1, name="block"), rh.Node(rh.Collect(), component="final_norm_output", name="norm")
+    )
+    collected = rh.InterventionModel(base, graph).eval()(ids).collected
+    (h,) = raw
+    centred = h if make is tiny_llama else h - h.mean(-1, keepdim=True)
+    expected = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * norm.weight
+    assert torch.equal(collected["block"], h)
+    torch.testing.assert_close(collected["norm"], expected, atol=1e-5, rtol=0)
+    assert (collected["norm"] - h).abs().max() > 0.1
+
+
+def test_nothing_below_the_lowest_trained_node_takes_part_in_backward():
+    lora = rh.Node(rh.LoRA(rank=2), 1, "mlp_output", name="lora")
+    probe = {"layer": 2, "positions": "l1"}
+    for nodes, head, expected in [
+        ([lora], rh.LinearHead(2, "mood"), [False, True, True]),
+        ([], rh.LinearHead(2, "mood"), [False, False, False]),
+        ([], rh.LinearHead(2, "mood", detach=True), [False, False, False]),
+    ]:
+        base, seen = tiny_llama(), []
+        model = with_head(base, head, *nodes, **probe).train()
+        for block in base.model.layers:
+            block.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))  # noqa: B023
+        out = model(random_ids(), mood=torch.tensor([0, 1]))
+        assert seen == expected and out.logits.requires_grad == any(expected)
+        out.loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
