@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM := false
 
 # pyreft asks for an old transformers that it does not need, so it comes without its dependencies
 .venv/dev: .venv/package
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,bench]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,bench,fewshot,recipes]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps pyreft
 	touch $@
 
@@ -39,6 +39,7 @@ format: .venv/dev
 bench: .venv/dev
 	$(BIN)/python recipes/benchmark.py
 	$(BIN)/python recipes/benchmark_cone.py
+	$(BIN)/python recipes/benchmark_probes.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

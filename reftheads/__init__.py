@@ -24,20 +24,25 @@ from reftheads.store import ActivationStore
 from reftheads.tuner import InterventionConfig
 
 if TYPE_CHECKING:
+    from reftheads.probing import Estimate, Probe, Probes, fit_probes
     from reftheads.sweeps import Trial, sweep
     from reftheads.trainer import InterventionTrainer
 
 __version__ = "0.1.0"
 
-_LATE = {"InterventionTrainer": "reftheads.trainer", "Trial": "reftheads.sweeps", "sweep": "reftheads.sweeps"}
+_LATE = {
+    "Estimate": "reftheads.probing", "InterventionTrainer": "reftheads.trainer", "Probe": "reftheads.probing",
+    "Probes": "reftheads.probing", "Trial": "reftheads.sweeps", "fit_probes": "reftheads.probing",
+    "sweep": "reftheads.sweeps",
+}  # fmt: skip
 
 __all__ = [
-    "Ablate", "ActivationStore", "Collator", "Collect", "ConsReFT", "Context", "DiReFT", "Edit", "Gated", "Head",
-    "InterventionConfig", "InterventionGraph", "InterventionModel", "InterventionTrainer", "LinearHead", "LoRA",
-    "LoReFT", "LobiReFT", "LowRank", "MLPHead", "NoDiReFT", "NoReFT", "Node", "Positions", "Reader", "Replace",
-    "ScaleAndBias", "Shape", "Site", "Steering", "Tokens", "Trial", "chat", "compile_graph", "encode_chat",
-    "encode_pairs", "encode_preferences", "export_head", "load_base", "losses", "mix", "predict", "preset",
-    "reply", "sweep",
+    "Ablate", "ActivationStore", "Collator", "Collect", "ConsReFT", "Context", "DiReFT", "Edit", "Estimate",
+    "Gated", "Head", "InterventionConfig", "InterventionGraph", "InterventionModel", "InterventionTrainer",
+    "LinearHead", "LoRA", "LoReFT", "LobiReFT", "LowRank", "MLPHead", "NoDiReFT", "NoReFT", "Node", "Positions",
+    "Probe", "Probes", "Reader", "Replace", "ScaleAndBias", "Shape", "Site", "Steering", "Tokens", "Trial", "chat",
+    "compile_graph", "encode_chat", "encode_pairs", "encode_preferences", "export_head", "fit_probes", "load_base",
+    "losses", "mix", "predict", "preset", "reply", "sweep",
 ]  # fmt: skip
 
 

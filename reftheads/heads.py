@@ -75,8 +75,8 @@ class MappingHead(Head):
         _check_count("outputs", self.outputs, self)
         if self.loss not in losses:
             raise ValueError(f"unknown loss {self.loss!r}: use one of {', '.join(losses)}")
-        if self._loss.outputs not in (None, self.outputs):
-            raise ValueError(f"loss {self.loss!r} is for outputs={self._loss.outputs}, got outputs={self.outputs}")
+        if self.criterion.outputs not in (None, self.outputs):
+            raise ValueError(f"loss {self.loss!r} is for outputs={self.criterion.outputs}, got outputs={self.outputs}")
         if self.outputs == 1 and self.loss == "cross_entropy" and self.target is not None:
             raise ValueError("cross_entropy over one class is always 0: use loss='mse', loss='bce' or more outputs")
         if self.activation is not None:
@@ -106,7 +106,8 @@ class MappingHead(Head):
             )
 
     @property
-    def _loss(self) -> Loss:
+    def criterion(self) -> Loss:
+        """Its loss, with what that says of targets."""
         loss = Loss.of(losses[self.loss])
         return loss if self.quantiles is None else replace(loss, items=partial(quantile_loss, self.quantiles))
 
@@ -116,11 +117,11 @@ class MappingHead(Head):
 
     @property
     def kind(self) -> str | None:
-        return self._loss.kind
+        return self.criterion.kind
 
     @property
     def target_width(self) -> int | None:
-        return self.outputs if self._loss.each else None
+        return self.outputs if self.criterion.each else None
 
     @abstractmethod
     def layers_of(self, width: int) -> list[nn.Linear]:
@@ -172,7 +173,7 @@ class MappingHead(Head):
         return value if self.activation is None else _activation(self.activation)(value)
 
     def check(self, target: Tensor, where: str = "row {row}", valid: Tensor | None = None) -> None:
-        loss = self._loss
+        loss = self.criterion
         wrong, allowed = loss.wrong(target, self.outputs)
         wrong = wrong & loss.given(target, self.ignore_index)
         if valid is not None:
@@ -185,9 +186,9 @@ class MappingHead(Head):
             )
 
     def loss_of(self, prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        if self._loss.activated:
+        if self.criterion.activated:
             prediction = self.shown(prediction)
-        return masked_mean(self._loss, prediction, target, valid, self.ignore_index, self.class_weights)
+        return masked_mean(self.criterion, prediction, target, valid, self.ignore_index, self.class_weights)
 
     def weighted(self, loss: Tensor, p: Params) -> Tensor:
         if self.weight != "uncertainty":
@@ -196,7 +197,7 @@ class MappingHead(Head):
         return torch.where(loss == 0, 0, factor * loss * (-s).exp() + s / 2)
 
     def given(self, target: Tensor) -> Tensor:
-        return self._loss.given(target, self.ignore_index)
+        return self.criterion.given(target, self.ignore_index)
 
 
 @dataclass(frozen=True)

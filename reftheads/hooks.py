@@ -1,7 +1,8 @@
 """Reading and replacing the one tensor at an address, whatever a module takes and returns."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +28,26 @@ def attach(module: nn.Module, side: Side, touch: Touch) -> RemovableHandle:
     if side == "input":
         return module.register_forward_pre_hook(tap.before, with_kwargs=True)
     return module.register_forward_hook(tap.after, prepend=True, with_kwargs=True)
+
+
+class Done(Exception):
+    """Ends a pass of which all that was wanted is known."""
+
+
+@contextmanager
+def ending(base: nn.Module, places: Iterable[tuple[str, Side]], over: Callable[[], bool]) -> Iterator[None]:
+    """Within, a pass ends at one of these places, modules by their path and side, as soon as `over()` holds there."""
+
+    def end(*args: Any) -> None:
+        if over():
+            raise Done
+
+    with ExitStack() as hooks, suppress(Done):
+        for path, side in places:
+            module = base.get_submodule(path)
+            hook = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
+            hooks.callback(hook(end).remove)
+        yield
 
 
 class _Tap:

@@ -99,7 +99,12 @@ class InterventionModel(PeftModel):
         return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base model's; within `reusing`, the keys and values of what no node looks at come from the store."""
+        """As the base model's; within `reusing`, the keys and values of what no node looks at come from the store.
+
+        With `return_heads=True` it returns a `ModelOutput` as with `return_dict_in_generate=True`, with `predictions`
+        and `selected` of all heads over the columns of `sequences`, as a call of the model gives them: one more pass,
+        of which nothing above the deepest head is computed.
+        """
         asked = {name: value for name, value in kwargs.items() if value is not None}
         if self._replay is not None and not args and not asked.keys() & _OTHER_WAYS and "input_ids" in asked:
             base: Any = self.get_base_model()

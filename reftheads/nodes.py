@@ -335,7 +335,7 @@ def _intervention_from_dict(name: str, options: Mapping[str, Any]) -> Interventi
 
 
 def _concrete(cls: type) -> list[type]:
-    found = [] if getattr(cls, "__abstractmethods__", None) else [cls]
+    found = [] if getattr(cls, "__abstractmethods__", None) or cls.__name__.startswith("_") else [cls]
     return found + [c for sub in cls.__subclasses__() for c in _concrete(sub)]
 
 

@@ -16,6 +16,7 @@ from reftheads.data import Collator
 from reftheads.model import InterventionModel
 from reftheads.modes import evaluating
 from reftheads.replay import Replay
+from reftheads.store import ActivationStore
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -49,7 +50,7 @@ def predict(
     found: dict[str, list[Tensor]] = {}
     single: dict[str, bool] = {}
     console = Console(stderr=True)
-    with torch.no_grad(), evaluating(model), _reusing(model):
+    with torch.no_grad(), evaluating(model), reusing_where_possible(model):
         for some in track(batches, "predicting", console=console, transient=True, disable=not console.is_terminal):
             batch = {name: value.to(model.device) for name, value in collate([encoded[i] for i in some]).items()}
             out = model(**batch)
@@ -62,8 +63,9 @@ def predict(
     return {name: torch.stack(per_row) if single[name] else per_row for name, per_row in found.items()}
 
 
-def _reusing(model: InterventionModel) -> AbstractContextManager:
+def reusing_where_possible(model: InterventionModel, store: ActivationStore | None = None) -> AbstractContextManager:
+    """As `model.reusing`, and the plain path of a model in which nothing can be reused."""
     try:
-        return model.reusing(Replay(model.get_base_model(), model.tuner.layer))
+        return model.reusing(Replay(model.get_base_model(), model.tuner.layer, store))
     except ValueError:  # a model with several stacks of blocks, which always runs as a whole
         return nullcontext()

@@ -22,7 +22,7 @@ from reftheads.architectures import StackInfo
 from reftheads.cache import Piece, cache_of, pieces_of
 from reftheads.cone import Cone
 from reftheads.fingerprint import Fingerprint, content, content_of_ids, digest
-from reftheads.hooks import attach
+from reftheads.hooks import Done, attach
 from reftheads.layout import Layout, Rows
 from reftheads.plan import PlannedNode
 from reftheads.runtime import Interventions
@@ -32,10 +32,6 @@ SHARED = 32  # tokens: what rows have in common at their beginning is kept in mu
 
 Entry = dict[str, Tensor]
 Place = PlannedNode | None  # a constant reader; None: the last block that no edit reaches
-
-
-class Done(Exception):
-    """Ends a pass of which all that was wanted is known."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from reftheads.cache import cache_of, growing
 from reftheads.cone import Cone
 from reftheads.division import OURS, Division, shifted
+from reftheads.hooks import Done, ending
 from reftheads.layout import Rows
 from reftheads.limits import NO_EDIT, Limits, fed_stack
 from reftheads.losses import IGNORE, or_zero
@@ -37,7 +38,7 @@ from reftheads.modes import evaluating
 from reftheads.output import extend, replaced
 from reftheads.plan import Plan
 from reftheads.positions import Selection, Tokens
-from reftheads.record import Done, Recorded, Recorder
+from reftheads.record import Recorded, Recorder
 from reftheads.run import Acting, Call, HookKey, Run
 from reftheads.runtime import Interventions
 from reftheads.store import ActivationStore
@@ -207,12 +208,11 @@ class Replay:
                 within.enter_context(self._skipping(cone.cut, _laid_out(recorded.hidden, rows), inputs))
             within.enter_context(self.layer.running({self.info.path: run}))
             if labels is None and not cone.elsewhere:
-                within.enter_context(self._stopping(cone, run))
                 inputs = {name: value for name, value in inputs.items() if name in self.recorder.arguments}
-                try:
+                readers = [planned.address for planned in cone.inside if not planned.edits]
+                every = len(run.readings) + len(readers)
+                with ending(self.base, ((a.module, a.side) for a in readers), lambda: len(run.readings) == every):
                     self.stack(**inputs)
-                except Done:
-                    pass
                 return extend(BaseModelOutput(), Call(readings=run.readings).named(), targets)
             given = {name: batch[name] for name in OURS if name in batch}
             if labels is None or self.limits.lm_head is None:
@@ -254,18 +254,6 @@ class Replay:
     def _see(self, block: nn.Module, args: Any, output: Any) -> None:
         self._gives = len(output) if isinstance(output, tuple) else 0
         raise Done
-
-    @contextmanager
-    def _stopping(self, cone: Cone, run: Run) -> Iterator[None]:
-        """Within, a pass ends when every reader has read."""
-        readers = [planned.address for planned in cone.inside if not planned.edits]
-        stop = partial(_stop, run, len(run.readings) + len(readers))
-        with ExitStack() as on_exit:
-            for address in readers:
-                module = self.base.get_submodule(address.module)
-                hook = module.register_forward_pre_hook if address.side == "input" else module.register_forward_hook
-                on_exit.callback(hook(stop).remove)
-            yield
 
     # --- 4. the losses --------------------------------------------------------------------------------------
 
@@ -321,11 +309,6 @@ class _Given:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.output
-
-
-def _stop(run: Run, readings: int, *args: Any) -> None:
-    if len(run.readings) == readings:
-        raise Done
 
 
 def _only(where: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:

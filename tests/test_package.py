@@ -29,9 +29,9 @@ ROWS = [
     {"tuner", "replay"},
     {"forecast", "reuse"},
     {"model"},
-    {"data", "presets", "loading"},
-    {"chat", "trainer"},
-    {"sweeps"},
+    {"data", "presets", "loading", "export"},
+    {"chat", "trainer", "predicting"},
+    {"sweeps", "probing"},
     {"interop", "fewshot"},
 ]
 ROW = {name: i for i, names in enumerate(ROWS) for name in names}

@@ -8,6 +8,8 @@ one layer whose rank is the sum of theirs, with every α/r folded into B.
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,32 @@ def merge_lora(model: InterventionModel, adapter: str | None = None) -> nn.Modul
     lora = get_peft_model(model.tuner.unload(), config)  # type: ignore[arg-type]
     set_peft_model_state_dict(lora, _state_dict(layers))
     return lora.merge_and_unload()  # type: ignore[operator]
+
+
+@contextmanager
+def merged(model: InterventionModel, adapter: str | None = None) -> Iterator[InterventionModel]:
+    """Within, an adapter's LoRA nodes are part of the base model's weights, so that they take no time.
+
+    W + α/r · B A is rounded once, from float64. Afterwards the weights are as they were, bit for bit.
+
+    Raises:
+        ValueError: a node that cannot be merged, as in `to_peft_lora`, or a base model that is quantised.
+    """
+    layers = _layers(model, adapter)
+    weights = {path: model.tuner.model.get_submodule(path).weight for path in layers}
+    if not all(weight.is_floating_point() for weight in weights.values()):
+        raise ValueError("the base model is quantised, so that nothing can be merged into its weights exactly")
+    before = {path: weight.data for path, weight in weights.items()}
+    try:
+        for path, layer in layers.items():
+            added = layer.alpha / layer.rank * layer.b.double() @ layer.a.double()
+            exact = before[path].double() + (added.T if layer.transposed else added)
+            weights[path].data = exact.to(before[path].dtype)
+        with model.disable_adapter():
+            yield model
+    finally:
+        for path, data in before.items():
+            weights[path].data = data
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,170 @@
+"""What the heads of a graph see of every row, recorded in one pass over the model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from reftheads.data import Collator
+from reftheads.heads import MappingHead
+from reftheads.losses import IGNORE
+from reftheads.model import InterventionModel
+from reftheads.modes import evaluating
+from reftheads.nodes import Params
+from reftheads.plan import PlannedNode
+from reftheads.predicting import reusing_where_possible
+from reftheads.probing.targets import Column
+from reftheads.store import ActivationStore
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True, eq=False)
+class _Eye(MappingHead):
+    """Stands in for a head while activations are recorded: it predicts what it sees.
+
+    Its target is the number of an item, so that what a head sees finds its target, and its row, as in training.
+    """
+
+    seen: list[Tensor] | None = None  # shared by the heads of a site; None: another head keeps it
+    items: list[Tensor] = field(default_factory=list)
+
+    @property
+    def target_width(self) -> None:
+        return None
+
+    @classmethod
+    def of(cls, head: MappingHead, seen: list[Tensor] | None) -> _Eye:
+        return cls(2, head.target, pool=head.pool, shift=head.shift, seen=seen)
+
+    def layers_of(self, width: int) -> list[nn.Linear]:
+        raise NotImplementedError("it learns nothing")
+
+    def map(self, p: Params, h: Tensor) -> Tensor:
+        return h
+
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def loss_of(self, prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        self.items.append(target[valid])
+        if self.seen is not None:
+            self.seen.append(prediction[valid])
+        return prediction.new_zeros(())
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one head sees of the items that have a target."""
+
+    planned: PlannedNode
+    head: MappingHead
+    site: int
+    x: Float[Tensor, "items width"]
+    items: Int[Tensor, " items"]
+
+
+def record(
+    model: InterventionModel,
+    planned: Sequence[PlannedNode],
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, Column],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    store: ActivationStore | None,
+) -> list[Seen]:
+    """Runs the rows through the model, those of like length together."""
+    sites: dict[Any, list[Tensor]] = {}
+    eyes: list[_Eye] = []
+    modules = [model.node(str(p.node.name)) for p in planned]
+    heads = [module.intervention for module in modules]
+    keys = []
+    for p, module, head in zip(planned, modules, heads, strict=True):
+        assert isinstance(head, MappingHead)
+        keys.append((p.address, id(p.node.positions), head.pool, module.dtype))
+        new = keys[-1] not in sites
+        eyes.append(_Eye.of(head, sites.setdefault(keys[-1], []) if new else None))
+    _check_memory(planned, keys, rows, model)
+    encoded = _inputs(model, rows, columns)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    collate = Collator(tokenizer)
+    try:
+        for module, eye in zip(modules, eyes, strict=True):
+            module.intervention = eye
+        with torch.no_grad(), evaluating(model), reusing_where_possible(model, store):
+            for some in shown(batches, "recording activations"):
+                model(**{name: t.to(model.device) for name, t in collate([encoded[i] for i in some]).items()})
+    finally:
+        for module, head in zip(modules, heads, strict=True):
+            module.intervention = head
+    numbers = {key: i for i, key in enumerate(sites)}
+    every = {key: torch.cat(sites.pop(key)) for key in list(sites)}
+    found = []
+    for p, key, eye, head in zip(planned, keys, eyes, heads, strict=True):
+        assert isinstance(head, MappingHead)
+        items = torch.cat(eye.items)
+        values = columns[str(head.target)].values.to(items.device)
+        given = head.given(values)[items.clamp(min=0)]
+        keep = (items >= 0) & (given if given.ndim == 1 else given.any(1))
+        whole = bool(keep.all())
+        found.append(Seen(p, head, numbers[key], every[key] if whole else every[key][keep], items[keep]))
+    return found
+
+
+def _inputs(
+    model: InterventionModel, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Column]
+) -> list[dict[str, Any]]:
+    """The rows as the model takes them, with items for targets, and with a prompt mask for labels if that will do."""
+    base = model.get_base_model()
+    names = {*inspect.signature(base.forward).parameters, "prompt_mask"} - columns.keys()
+    encoded = []
+    for i, row in enumerate(rows):
+        own = {name: value for name, value in row.items() if name in names}
+        if "labels" in own and not model.tuner.layer.seq2seq:
+            labels = torch.as_tensor(own.pop("labels")).tolist()  # with labels the whole model would run
+            labels = labels if isinstance(labels, list) else []
+            end = next((j for j, label in enumerate(labels) if label != IGNORE), len(labels))
+            if labels:
+                own.setdefault("prompt_mask", [1] * end + [0] * (len(labels) - end))
+        encoded.append(own | {name: column.index[i] for name, column in columns.items()})
+    return encoded
+
+
+def _check_memory(
+    planned: Sequence[PlannedNode],
+    keys: Sequence[Any],
+    rows: Sequence[Mapping[str, Any]],
+    model: InterventionModel,
+) -> None:
+    """Raises `ValueError` where what is recorded could take more than half of the free memory."""
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    needed = 0
+    for (address, _, pool, dtype), p in dict(zip(keys, planned, strict=True)).items():
+        bound = 1 if pool else p.node.positions.bound
+        items = int((lengths if bound is None else lengths.clamp(max=bound)).sum())
+        needed += items * address.width * (4 if dtype is None else dtype.itemsize)
+    free = psutil.virtual_memory().available
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    if needed > free / 2:
+        raise ValueError(
+            f"what {len(planned)} probes see of {len(rows)} rows takes up to {needed / 2**30:.3g} GiB, and "
+            f"{free / 2**30:.3g} GiB are free, of which half may be used: give fewer rows, probe fewer sites at a "
+            "time, select fewer tokens by positions=…, or train the heads by InterventionTrainer"
+        )
+
+
+def shown(steps: Sequence[Any], what: str) -> Any:
+    console = Console(stderr=True)
+    return track(steps, what, console=console, transient=True, disable=not console.is_terminal)

@@ -1,0 +1,84 @@
+"""All probes of a graph: a table, a plot, a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from rich.table import Table
+
+from reftheads.probing.drawing import draw_lines, draw_squares, series, write
+from reftheads.probing.estimates import Probe
+
+
+@dataclass(frozen=True)
+class Probes:
+    """All probes of a graph, in its order.
+
+    Attributes:
+        recording, fitting: seconds that running the model, and training the probes, took.
+    """
+
+    probes: tuple[Probe, ...]
+    recording: float
+    fitting: float
+
+    def __iter__(self) -> Iterator[Probe]:
+        return iter(self.probes)
+
+    def __len__(self) -> int:
+        return len(self.probes)
+
+    def __getitem__(self, name: str) -> Probe:
+        for probe in self.probes:
+            if probe.name == name:
+                return probe
+        raise KeyError(f"no probe {name!r}: there are {', '.join(probe.name for probe in self.probes)}")
+
+    def table(self) -> Table:
+        """One line a probe: means and 95 % confidence intervals over seeds."""
+        metrics = list(dict.fromkeys(probe.metric for probe in self))
+        seconds = list(dict.fromkeys(name for probe in self for name in probe.second))
+        controlled = any(probe.control is not None for probe in self)
+        table = Table("probe")
+        table.add_column("where", no_wrap=True)
+        for name in ("target", *metrics, *seconds):
+            table.add_column(name)
+        for name in (*(("control", "selectivity") if controlled else ()), "epochs"):
+            table.add_column(name)
+        for probe in self:
+            cells = [str(probe.score) if name == probe.metric else "" for name in metrics]
+            cells += [str(probe.second.get(name, "")) for name in seconds]
+            cells += [str(probe.control or ""), str(probe.selectivity or "")] if controlled else []
+            table.add_row(probe.name, probe.where, probe.target, *cells, f"{probe.epochs.mean:.0f}")
+        return table
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draws score by layer, with intervals and control tasks, as a PNG file.
+
+        One line a component and target. Probes of single attention heads are a picture of their own, a square each.
+        """
+        from matplotlib.figure import Figure
+
+        lines, squares = series(p for p in self if p.head is None), series(p for p in self if p.head is not None)
+        panels = bool(lines) + len(squares)
+        figure = Figure(figsize=(1 + 6 * panels, 4.2), layout="constrained")
+        axes = list(figure.subplots(1, panels, squeeze=False)[0])
+        if lines:
+            draw_lines(axes.pop(0), lines)
+        for axis, (label, probes) in zip(axes, squares.items(), strict=True):
+            figure.colorbar(draw_squares(axis, probes), ax=axis, label=probes[0].metric)
+            axis.set_title(label)
+        write(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: every figure, seed by seed."""
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "probes": [p.to_dict() for p in self]}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes `to_dict` as a JSON file."""
+        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
