@@ -1,0 +1,156 @@
+"""How well does each way of fine-tuning do with k examples? Models × modes × k × seeds.
+
+Encoders get a classifier on the mean of their tokens; language models learn the answer's text. A mode says which
+weights are trained: all, whole blocks, biases, LoRA, LoReFT, or the classifier alone; see `reftheads.fewshot`.
+
+    python recipes/few_shot_finetune.py --task rating --data FOLDER_OR_HUB_ID --models ENCODER --modes all,lora4,probe
+    python recipes/few_shot_finetune.py --task qa --data FOLDER --models tiny-chat,gpt2-medium --ks 0,1,8 --seeds 0,1,2
+
+Each cell is a file under OUT/ft. What is there already is not run again, so that a study can be broken off at any time.
+"""
+
+import argparse
+import random
+import tempfile
+import time
+import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import Trainer, TrainingArguments, set_seed
+
+import reftheads as rh
+import reftheads.fewshot as fs
+
+HUB = {"rating": "SetFit/sst5", "qa": "Muennighoff/babi", "summary": "EdinburghNLP/xsum"}
+RATES = {"all": 5e-5, "first": 1e-4, "middle": 1e-4, "last": 1e-4, "lora": 2e-3, "loreft": 5e-3, "bitfit": 1e-3}
+
+
+def support_of(task: fs.Task, k: int, seed: int) -> list[fs.Example]:
+    """k examples of each class; k in all where answers are free text."""
+    labels = [example.answer if task.labels else "" for example in task.train]
+    return [task.train[i] for i in fs.k_shot(labels, k, seed=seed)]
+
+
+def tests_of(task: fs.Task, count: int) -> list[fs.Example]:
+    return random.Random(0).sample(task.test, min(count, len(task.test)))
+
+
+def encode(tokenizer, task: fs.Task, examples: list[fs.Example], classify: bool, max_length: int) -> list[dict]:
+    if classify:
+        ids = tokenizer([e.input for e in examples], truncation=True, max_length=max_length)["input_ids"]
+        return [{"input_ids": i, "label": task.labels.index(e.answer)} for i, e in zip(ids, examples, strict=True)]
+    prompts = [fs.icl_prompts([], [], example.input, task.format) for example in examples]
+    return rh.encode_pairs(tokenizer, prompts, [f" {e.answer}" for e in examples], max_length=max_length)
+
+
+def answers_of(model, tokenizer, task: fs.Task, prompts: list[str], batch: int) -> list[str]:
+    """The label of each prompt that is likeliest; without labels the text that follows it."""
+    if task.labels:
+        scores = fs.score_labels(model, tokenizer, prompts, task.labels, normalise=True, batch_size=batch)
+        return [task.labels[i] for i in scores.argmax(1).tolist()]
+    stop = [tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]]
+    found = []
+    for at in range(0, len(prompts), batch):
+        rows = [fs.encode_prompt(tokenizer, prompt) for prompt in prompts[at : at + batch]]
+        found += fs.greedy_sample(model, rows, stop, task.max_tokens)
+    texts = [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
+    return [text.split(".")[0] for text in texts] if task.format == "qa" else texts
+
+
+def train(args: argparse.Namespace, model, tokenizer, rows: list[dict], mode: str, seed: int) -> None:
+    kind = next(kind for kind in (*RATES, "") if mode.startswith(kind) and (kind != "lora" or "loreft" not in mode))
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):  # a Trainer prints what it logs
+        given = TrainingArguments(
+            folder, max_steps=max(args.steps, args.epochs * len(rows) // args.batch), logging_steps=5, seed=seed,
+            learning_rate=args.lr or RATES.get(kind, 1e-2), per_device_train_batch_size=min(args.batch, len(rows)),
+            warmup_steps=3, save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        options = {"train_dataset": rows, "callbacks": [fs.StopWhen("loss", below=args.stop)]}
+        if isinstance(model, rh.InterventionModel):
+            rh.InterventionTrainer(model, given, processing_class=tokenizer, **options).train()
+        else:
+            Trainer(model, given, data_collator=rh.Collator(tokenizer), **options).train()
+
+
+def measure(args: argparse.Namespace, task: fs.Task, model: str, mode: str, k: int, seed: int) -> dict:
+    """Trains on the supports of one seed, and answers the test inputs."""
+    set_seed(seed)
+    base, tokenizer = rh.load_base(model, dropout=False)
+    classify = not base.can_generate()
+    support, tests = support_of(task, k, seed), tests_of(task, args.tests)
+    heads = []
+    if classify:
+        head = rh.LinearHead(len(task.labels), target="label", pool="mean", lr=args.head_lr)
+        heads = [rh.Node(head, layer=-1, name="head")]
+    model = fs.fine_tuning_model(base, mode, *heads)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    began = time.perf_counter()
+    if support:
+        train(args, model, tokenizer, encode(tokenizer, task, support, classify, args.max_length), mode, seed)
+    seconds = time.perf_counter() - began
+    if classify:
+        predicted = rh.predict(model, tokenizer, encode(tokenizer, task, tests, True, args.max_length))["head"]
+        answers = [task.labels[i] for i in predicted.argmax(1).tolist()]
+    else:
+        prompts = [fs.icl_prompts([], [], example.input, task.format) for example in tests]
+        answers = answers_of(model, tokenizer, task, prompts, args.batch)
+    score = task.score(answers, [example.answers for example in tests])
+    return {"task": task.name, "score": score, "trained": trained, "seconds": round(seconds, 2), "tests": len(tests)}
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    words = {"type": lambda text: text.split(",")}
+    numbers = {"type": lambda text: [int(n) for n in text.split(",")]}
+    parser.add_argument("--task", choices=list(HUB), default="rating")
+    parser.add_argument("--data", help="a folder, a file or a Hub id (default: " + ", ".join(HUB.values()) + ")")
+    parser.add_argument("--models", default=["tiny-chat"], help="Hub ids or local paths", **words)
+    parser.add_argument("--ks", default=[1, 8], help="examples: of each class, if there are classes", **numbers)
+    parser.add_argument("--seeds", default=[0, 1, 2], **numbers)
+    parser.add_argument("--tests", type=int, default=125, help="how many test inputs to answer")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--max-length", type=int, default=256, help="of a row, in tokens")
+    parser.add_argument("--out", type=Path, default=Path("results"), metavar="FOLDER")
+    parser.add_argument("--threads", type=int, help="of torch")
+    return parser
+
+
+def quiet(args: argparse.Namespace) -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+
+def training_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--modes", type=lambda text: text.split(","), default=["all", "last", "lora4", "loreft4"])
+    parser.add_argument("--steps", type=int, default=30, help="of training, at least")
+    parser.add_argument("--epochs", type=int, default=3, help="at least")
+    parser.add_argument("--lr", type=float, help="default: by mode")
+    parser.add_argument("--head-lr", type=float, default=1e-2)
+    parser.add_argument("--stop", type=float, default=0.02, help="the training loss below which training stops")
+
+
+def main() -> None:
+    parser = options(str(__doc__).split("\n")[0])
+    training_options(parser)
+    args = parser.parse_args()
+    quiet(args)
+    task = fs.load_task(args.task, args.data or HUB[args.task])
+    cells = [
+        {"model": model, "mode": mode, "k": k, "seed": seed}
+        for model in args.models for mode in args.modes for k in args.ks for seed in args.seeds
+    ]  # fmt: skip
+    results = fs.Study(args.out / "ft").run(cells, lambda **cell: measure(args, task, **cell))
+    title = f"{task.name}, {results[0]['tests']} tests: mean ± deviation of {len(args.seeds)} seeds"
+    Console().print(fs.table_of(results, ["model", "mode", "trained"], "k", title=title))
+    fs.plot(results, args.out / f"ft_{task.name}.png", ["model", "mode"], title=title)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""How well does a model learn from k examples in its prompt? Models × formats × k × seeds.
+
+    python recipes/in_context.py --task qa --data FOLDER_OR_HUB_ID --models tiny-chat,gpt2-medium --formats qa,none
+    python recipes/in_context.py --task rating --data FOLDER --formats rating,chat --order global
+
+All tests of a seed see the same examples in the same order, so that what they have in common is computed once. Each
+cell is a file under OUT/icl, as in few_shot_finetune.py.
+"""
+
+import argparse
+import time
+
+import numpy as np
+import torch
+from few_shot_finetune import HUB, answers_of, options, quiet, support_of, tests_of
+from rich.console import Console
+
+import reftheads as rh
+import reftheads.fewshot as fs
+
+
+def in_order(args: argparse.Namespace, model, tokenizer, task: fs.Task, support: list, form: str, seed: int) -> list:
+    """The examples as they are drawn, or in the order of most entropy over a few other inputs."""
+    if args.order == "random" or len(support) < 2 or not task.labels:
+        return support
+    probes = [example.input for example in task.train[: args.probes]]
+
+    def predict(order) -> torch.Tensor:
+        shown = [support[i] for i in order]
+        prompts = [prompt_of(args, model, tokenizer, task, shown, probe, form) for probe in probes]
+        return fs.score_labels(model, tokenizer, prompts, task.labels, batch_size=args.batch).softmax(1)
+
+    rng = np.random.RandomState(seed)
+    return [support[i] for i in fs.order_by_entropy(len(support), predict, by=args.order, tried=8, rng=rng)]
+
+
+def prompt_of(args, model, tokenizer, task: fs.Task, support: list[fs.Example], test: str, form: str):
+    context = min(args.context or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    return fs.icl_prompts(
+        [example.input for example in support], [example.answer for example in support], test, form,
+        shuffle=False, tokenizer=tokenizer, budget=context - task.max_tokens,
+    )  # fmt: skip
+
+
+def measure(args: argparse.Namespace, task: fs.Task, model: str, format: str, k: int, seed: int) -> dict:
+    """Shows the supports of one seed, and answers the test inputs."""
+    base, tokenizer = rh.load_base(model)
+    tests = tests_of(task, args.tests)
+    support = in_order(args, base, tokenizer, task, support_of(task, k, seed), format, seed)
+    began = time.perf_counter()
+    prompts = [prompt_of(args, base, tokenizer, task, support, example.input, format) for example in tests]
+    answers = answers_of(base, tokenizer, task, prompts, args.batch)
+    score = task.score(answers, [example.answers for example in tests])
+    seconds = round(time.perf_counter() - began, 2)
+    return {"task": task.name, "score": score, "seconds": seconds, "tests": len(tests)}
+
+
+def main() -> None:
+    parser = options(str(__doc__).split("\n")[0])
+    parser.add_argument("--formats", type=lambda text: text.split(","), help="default: that of the task, and custom")
+    parser.add_argument("--order", choices=["random", "global", "local"], default="random", help="by which entropy")
+    parser.add_argument("--probes", type=int, default=16, help="inputs to measure the entropy with")
+    parser.add_argument("--context", type=int, help="tokens of a prompt with its answer (default: all that there are)")
+    args = parser.parse_args()
+    quiet(args)
+    task = fs.load_task(args.task, args.data or HUB[args.task])
+    cells = [
+        {"model": model, "format": form, "k": k, "seed": seed}
+        for model in args.models for form in args.formats or [task.format, "custom"]
+        for k in args.ks for seed in args.seeds
+    ]  # fmt: skip
+    results = fs.Study(args.out / "icl").run(cells, lambda **cell: measure(args, task, **cell))
+    title = f"{task.name} in context, {results[0]['tests']} tests: mean ± deviation of {len(args.seeds)} seeds"
+    Console().print(fs.table_of(results, ["model", "format"], "k", title=title))
+    fs.plot(results, args.out / f"icl_{task.name}.png", ["model", "format"], title=title)
+
+
+if __name__ == "__main__":
+    main()

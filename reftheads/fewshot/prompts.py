@@ -1,0 +1,172 @@
+"""In-context learning: which examples a prompt shows, in which order and form."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from reftheads.data import Message
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+_ROLES = ("user", "assistant")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How an example is written: `example` with {x} and {y}, and `query`, what of it stands before the answer.
+
+    Args:
+        between: what stands between two examples.
+    """
+
+    example: str
+    query: str
+    between: str = " "
+
+    def __post_init__(self) -> None:
+        if not all("{x}" in text for text in (self.example, self.query)) or "{y}" not in self.example:
+            raise ValueError(f"a format needs {{x}} in both texts and {{y}} in the example, got {self}")
+        if self.query != self.query.rstrip():
+            raise ValueError(f"the query {self.query!r} ends in a space, which most tokenizers put into the answer")
+
+
+formats: dict[str, Format] = {
+    "qa": Format("{x} In the {y}.", "{x} In the"),
+    "none": Format("{x} {y}", "{x}"),
+    "tldr": Format("{x} TL;DR: {y}", "{x} TL;DR:"),
+    "rating": Format("Review: {x} Rating: {y}", "Review: {x} Rating:", between="\n"),
+    "custom": Format("Input: {x}\nOutput: {y}", "Input: {x}\nOutput:", between="\n\n"),
+}
+"""The known formats; add your own under a new name. `qa`, `none` and `tldr` are those of Stanford's CS330."""
+
+
+def icl_prompts(
+    support_inputs: Sequence[str],
+    support_labels: Sequence[str],
+    test_input: str,
+    format: str | Format = "qa",
+    *,
+    shuffle: bool = True,
+    rng: np.random.RandomState | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    budget: int | None = None,
+) -> str | list[Message]:
+    """A prompt that shows the examples, and the test input after them, without an answer and a space at its end.
+
+    Args:
+        format: a name in `formats`, a `Format`, or "chat": then the examples are earlier turns of a conversation, for
+            `tokenizer.apply_chat_template(…, add_generation_prompt=True)`.
+        shuffle: by one permutation of the pairs.
+        rng: draws it; left out, `np.random`, which `np.random.seed` makes reproducible.
+        tokenizer, budget: leave out the first examples until the prompt has at most `budget` tokens, and warn how many.
+
+    Raises:
+        ValueError: numbers of inputs and labels that differ, a format that is not known; a test input that is over the
+            budget without any example.
+    """
+    if len(support_inputs) != len(support_labels):
+        raise ValueError(f"every input needs its label: got {len(support_inputs)} inputs, {len(support_labels)} labels")
+    if isinstance(format, str) and format != "chat" and format not in formats:
+        raise ValueError(f"unknown format {format!r}: use {', '.join(formats)}, chat, or a Format of your own")
+    draw = np.random if rng is None else rng
+    order = draw.permutation(len(support_inputs)) if shuffle else range(len(support_inputs))
+    pairs = [(support_inputs[i], support_labels[i]) for i in order]
+    prompt = _written(pairs, test_input, format)
+    if tokenizer is None or budget is None:
+        return prompt
+    dropped = 0
+    while (length := _length(tokenizer, prompt)) > budget:
+        if dropped == len(pairs):
+            raise ValueError(f"the test input alone makes a prompt of {length} tokens, over the budget of {budget}")
+        dropped += 1
+        prompt = _written(pairs[dropped:], test_input, format)
+    if dropped:
+        warnings.warn(
+            f"left out {dropped} of {len(pairs)} examples, so that the prompt fits into {budget} tokens", stacklevel=2
+        )
+    return prompt
+
+
+def _written(pairs: Sequence[tuple[str, str]], test_input: str, format: str | Format) -> str | list[Message]:
+    if format == "chat":
+        turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(_ROLES, pair, strict=True)]
+        return [*turns, {"role": "user", "content": test_input}]
+    form = formats[format] if isinstance(format, str) else format
+    return form.between.join([*(form.example.format(x=x, y=y) for x, y in pairs), form.query.format(x=test_input)])
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
+    """The tokens of a prompt, of a conversation with the start of the answer."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]  # type: ignore[return-value]
+    text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[arg-type,return-value]
+
+
+def k_shot(labels: Sequence[Hashable], k: int, *, seed: int = 0) -> list[int]:
+    """Indices of k examples of each class, drawn without replacement, in an order that the seed shuffles too.
+
+    Raises:
+        ValueError: k below 0, or over the number of examples of a class.
+    """
+    if k < 0:
+        raise ValueError(f"k must be 0 or more, got {k}")
+    rng = np.random.RandomState(seed)
+    classes: dict[Hashable, list[int]] = defaultdict(list)
+    for i, label in enumerate(labels):
+        classes[label].append(i)
+    for label, own in classes.items():
+        if k > len(own):
+            raise ValueError(f"k = {k} examples a class, but class {label!r} has {len(own)} of them: take a smaller k")
+    chosen = [i for own in classes.values() for i in rng.choice(own, k, replace=False).tolist()]
+    return [chosen[i] for i in rng.permutation(len(chosen))]
+
+
+def order_by_entropy(
+    count: int,
+    predict: Callable[[Sequence[int]], Float[Tensor, "probes labels"]],
+    *,
+    by: Literal["global", "local"] = "global",
+    tried: int = 24,
+    rng: np.random.RandomState | None = None,
+) -> list[int]:
+    """The order of the examples under which a model is least inclined to a few labels (Lu et al. 2022).
+
+    Of `tried` random orders, that with the largest entropy: of how often each label is predicted over the probes
+    ("global": −Σ pᵥ log pᵥ), or on average of the probabilities of each probe ("local"). No label of a probe is looked
+    at. https://arxiv.org/abs/2104.08786, equations 3 to 6.
+
+    Args:
+        count: how many examples there are.
+        predict: the probabilities of the labels for each probe, with the examples in a given order.
+
+    Raises:
+        ValueError: no examples, or another `by`.
+    """
+    if count < 1 or by not in ("global", "local"):
+        raise ValueError(f"give at least one example and by='global' or 'local', got {count} and by={by!r}")
+    draw = np.random if rng is None else rng
+    orders = list(dict.fromkeys(tuple(draw.permutation(count).tolist()) for _ in range(tried)))
+    return list(max(orders, key=lambda order: _entropy(predict(order), by)))
+
+
+def _entropy(probabilities: Float[Tensor, "probes labels"], by: str) -> float:
+    if by == "global":
+        counts = torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1])
+        probabilities = (counts / counts.sum())[None]
+    return float(torch.special.entr(probabilities.double()).sum(1).mean())
+
+
+def _length(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> int:
+    return len(encode_prompt(tokenizer, prompt))

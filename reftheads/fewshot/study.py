@@ -1,0 +1,143 @@
+"""A grid of runs, each kept as one file, and what they say together."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+Cell = Mapping[str, Any]
+
+
+class Study:
+    """Runs a grid cell by cell; every result is a JSON file of its own, written when the cell is complete.
+
+    A study that was broken off goes on where it was: cells that have a file are not run again.
+
+    Args:
+        folder: where the files are, such as "results/ft"; made if there is none.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+
+    def run(self, cells: Iterable[Cell], measure: Callable[..., Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Calls `measure(**cell)` for every cell without a result; the results of all cells, in order.
+
+        Raises:
+            ValueError: a cell whose file holds the result of another one, or that is damaged.
+        """
+        cells = list(cells)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        console = Console(file=sys.stdout)  # also while the output of a cell goes elsewhere
+        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+            line = progress.add_task("", total=len(cells))
+            for cell in cells:
+                progress.update(line, description=", ".join(map(str, cell.values())))
+                if self.result(cell) is None:
+                    self._write(cell, measure(**cell))
+                progress.advance(line)
+        return [result for cell in cells if (result := self.result(cell)) is not None]
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """What is known of a cell: its keys and what was measured."""
+        path = self.path(cell)
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            same = all(found[name] == value for name, value in cell.items())
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}): delete it, and its cell is run again") from error
+        if not same:
+            raise ValueError(f"{path} is the result of another cell than {dict(cell)}: take another folder")
+        return found
+
+    def path(self, cell: Cell) -> Path:
+        """The file of a cell, named by its values."""
+        words = [f"{name}{value}" if isinstance(value, int | float) else str(value) for name, value in cell.items()]
+        return self.folder / (re.sub(r"[^\w.+,:=-]+", "-", "_".join(words)).strip("-") + ".json")
+
+    def _write(self, cell: Cell, measured: Mapping[str, Any]) -> None:
+        path = self.path(cell)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**cell, **measured}, indent=1, ensure_ascii=False) + "\n"
+        with tempfile.TemporaryDirectory(prefix=".cell.", dir=self.folder) as scratch:
+            Path(scratch, path.name).write_text(text, encoding="utf-8")
+            os.replace(Path(scratch, path.name), path)
+
+
+def over_seeds(
+    results: Sequence[Mapping[str, Any]], lines: Sequence[str], x: str, metric: str = "score"
+) -> dict[tuple[Any, ...], dict[Any, tuple[float, float]]]:
+    """Mean and standard deviation of a metric over seeds: by the values of `lines`, then by that of `x`.
+
+    Raises:
+        ValueError: no results.
+    """
+    if not results:
+        raise ValueError("no results: run some cells first")
+    values: dict[tuple[Any, ...], dict[Any, list[float]]] = {}
+    for result in results:
+        values.setdefault(tuple(result[name] for name in lines), {}).setdefault(result[x], []).append(result[metric])
+    return {
+        line: {at: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for at, v in sorted(points.items())}
+        for line, points in values.items()
+    }
+
+
+def table_of(
+    results: Sequence[Mapping[str, Any]], lines: Sequence[str], x: str, metric: str = "score", title: str | None = None
+) -> Table:
+    """A line for each of `lines`, a column for each `x`, mean ± standard deviation over seeds."""
+    found = over_seeds(results, lines, x, metric)
+    columns = sorted({at for points in found.values() for at in points})
+    table = Table(*lines, *(f"{x} = {at}" for at in columns), title=title)
+    for line, points in found.items():
+        cells = ("{:.3f} ± {:.3f}".format(*points[at]) if at in points else "" for at in columns)
+        table.add_row(*(Path(str(word)).name if os.sep in str(word) else str(word) for word in line), *cells)
+    return table
+
+
+def plot(
+    results: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike,
+    lines: Sequence[str],
+    x: str = "k",
+    metric: str = "score",
+    title: str = "",
+) -> None:
+    """Draws the metric against `x` as a PNG file: a symmetric logarithmic axis, bars of one standard deviation."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axis = figure.subplots()
+    found = over_seeds(results, lines, x, metric)
+    for line, points in found.items():
+        means, deviations = zip(*points.values(), strict=True)
+        label = ", ".join(Path(str(word)).name if os.sep in str(word) else str(word) for word in line)
+        axis.errorbar(list(points), means, deviations, marker="o", capsize=3, label=label)
+    axis.set_xscale("symlog")
+    axis.set_xticks(sorted({at for points in found.values() for at in points}))
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.set_xlabel(x)
+    axis.set_ylabel(metric)
+    axis.set_title(title)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        figure.savefig(Path(folder, target.name), dpi=150, format="png")
+        os.replace(Path(folder, target.name), target)

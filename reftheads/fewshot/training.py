@@ -1,0 +1,83 @@
+"""When to stop, and what LoRA costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+from transformers import TrainerCallback
+
+from reftheads.lora import LoRA
+from reftheads.model import InterventionModel
+
+
+class StopWhen(TrainerCallback):
+    """Stops training once a logged training metric is below or above a bound, such as `StopWhen("loss", below=0.1)`.
+
+    The Trainer logs every `logging_steps`; heads' losses are `loss_<name>`. For metrics of an evaluation there is
+    transformers' `EarlyStoppingCallback`.
+
+    Args:
+        patience: how many logs in a row must be beyond the bound.
+
+    Raises:
+        ValueError: no bound or two, or patience below 1; at the first log, a metric that is not logged.
+    """
+
+    def __init__(self, metric: str, *, below: float | None = None, above: float | None = None, patience: int = 1):
+        if (below is None) == (above is None) or patience < 1:
+            raise ValueError(f"give below or above, and patience of 1 or more, got {below}, {above} and {patience}")
+        self.metric, self.below, self.above, self.patience = metric, below, above, patience
+        self._beyond = 0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._beyond = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> Any:
+        if not logs or "loss" not in logs:  # of an evaluation, or of the whole training
+            return control
+        if self.metric not in logs:
+            raise ValueError(f"the metric {self.metric!r} is not logged: there are {', '.join(logs)}")
+        value = logs[self.metric]
+        beyond = value < self.below if self.below is not None else value > self.above  # type: ignore[operator]
+        self._beyond = self._beyond + 1 if beyond else 0
+        control.should_training_stop = control.should_training_stop or self._beyond >= self.patience
+        return control
+
+
+def lora_ratio(rank: int, inputs: int, outputs: int) -> float:
+    """Parameters of LoRA of rank r over those of its weight, r (d₁ + d₂) / (d₁ d₂).
+
+    Raises:
+        ValueError: a number below 1.
+    """
+    if min(rank, inputs, outputs) < 1:
+        raise ValueError(f"rank and widths must be 1 or more, got {rank}, {inputs} and {outputs}")
+    return rank * (inputs + outputs) / (inputs * outputs)
+
+
+def lora_table(model: InterventionModel) -> Table:
+    """Of every module with LoRA: widths, rank, parameters, their ratio to the weight's, and what they take to store."""
+    table = Table("module", "inputs", "outputs", "rank", "parameters", "of the weight", "KiB")
+    parameters = whole = stored = 0
+    for planned in model.plan().nodes:
+        lora, shape = planned.node.intervention, planned.shape
+        if not isinstance(lora, LoRA):
+            continue
+        assert shape.input_width is not None
+        own = sum(p.numel() for p in model.node(str(planned.node.name)).parameters())
+        size = sum(p.numel() * p.element_size() for p in model.node(str(planned.node.name)).parameters())
+        ratio = lora_ratio(lora.rank, shape.input_width, shape.width)
+        cells = (
+            str(shape.input_width),
+            str(shape.width),
+            str(lora.rank),
+            f"{own:,}",
+            f"{ratio:.2%}",
+            f"{size / 1024:,.1f}",
+        )
+        table.add_row(planned.address.module, *cells)
+        parameters, whole, stored = parameters + own, whole + shape.input_width * shape.width, stored + size
+    share = f"{parameters / whole:.2%}" if whole else ""
+    table.add_row("total", "", "", "", f"{parameters:,}", share, f"{stored / 1024:,.1f}")
+    return table

@@ -1,0 +1,483 @@
+"""Few-shot learning: modes, prompts, greedy answers, likelihoods, tasks, scores."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as tf
+from hypothesis import given
+from hypothesis import strategies as st
+from models import randomise, tiny_bart, tiny_gpt2, tiny_llama
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+import reftheads as rh
+import reftheads.fewshot as fs
+from reftheads.interop.peft_lora import merged
+
+SMALL = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 1}
+
+
+def gpt2(layers: int) -> tf.GPT2LMHeadModel:
+    return tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=16, n_layer=layers, n_head=2, **SMALL))
+
+
+def bert(cls=tf.BertForSequenceClassification, **options):
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return cls(tf.BertConfig(**shape, vocab_size=40, **options))
+
+
+HEAD = rh.Node(rh.LinearHead(3, target="label"), layer=-1, positions="f1", name="head")
+
+# --- modes --------------------------------------------------------------------------------------------------
+
+
+def test_the_modes_select_as_many_tensors_as_the_course_says():
+    assert len(fs.parameters_to_fine_tune(bert(tf.BertLMHeadModel, is_decoder=True), "all")) == 42  # bert-tiny
+    medium = gpt2(24)  # the depth of gpt2-medium
+    for mode in ("first", "middle", "last"):
+        assert len(fs.parameters_to_fine_tune(medium, mode)) == 24
+    assert len(fs.parameters_to_fine_tune(fs.fine_tuning_model(medium, "lora4"), "lora4")) == 144
+
+
+def names(model: torch.nn.Module, mode: str) -> list[str]:
+    chosen = set(fs.parameters_to_fine_tune(model, mode))
+    return [name for name, p in model.named_parameters() if p in chosen]
+
+
+@pytest.mark.parametrize(
+    "mode, blocks",
+    [("first", {0, 1}), ("last", {4, 5}), ("middle", {2, 3}), ("last:3", {3, 4, 5}), ("middle:4", {1, 2, 3, 4})],
+)
+def test_a_mode_of_blocks_selects_whole_blocks(mode, blocks):
+    base = gpt2(6)
+    chosen = names(base, mode)
+    assert {int(name.split(".")[2]) for name in chosen} == blocks
+    assert len(chosen) == 12 * len(blocks)
+    assert all(p.requires_grad for p in base.parameters())
+
+
+def test_blocks_are_found_in_encoders_and_in_both_stacks():
+    assert {name.split(".")[3] for name in names(bert(), "last:1")} == {"1"}
+    two = names(tiny_bart(), "last:1")
+    assert any("encoder" in name for name in two) and any("decoder" in name for name in two)
+
+
+def test_biases_and_output_layers():
+    assert all(name.endswith("bias") for name in names(gpt2(2), "bitfit"))
+    assert len(names(gpt2(2), "bitfit")) == 2 * 6 + 1
+    assert names(bert(), "head") == ["classifier.weight", "classifier.bias"]
+    assert names(tiny_llama(), "head") == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize("make", [lambda: gpt2(2), bert, tiny_llama], ids=["gpt2", "bert", "llama"])
+@pytest.mark.parametrize("mode", ["all", "first:1", "lora2", "loreft2", "probe", "loreft2:all"])
+def test_what_a_mode_does_not_train_is_frozen_and_the_head_is_trained_in_all(make, mode):
+    model = fs.fine_tuning_model(make(), mode, HEAD)
+    chosen = set(fs.parameters_to_fine_tune(model, mode))
+    assert {p for p in model.parameters() if p.requires_grad} == chosen
+    assert set(model.node("head").parameters()) <= chosen
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "label": torch.tensor([1])}
+    for _ in range(2):  # the first moves B of LoRA, the second A
+        model(**batch).loss.backward()
+        with torch.no_grad():
+            for p in chosen:
+                p -= 0.1 * p.grad if p.grad is not None else 0
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and moved <= {name for name, p in model.named_parameters() if p in chosen}
+
+
+def test_lora_begins_at_the_base_exactly_and_its_first_gradient_flows():
+    base, ids = gpt2(2).eval(), torch.tensor([[5, 6, 7]])
+    expected = base(ids).logits.detach()
+    model = fs.fine_tuning_model(base, "lora2").eval()
+    logits = model(ids).logits
+    assert torch.equal(logits, expected)
+    logits.sum().backward()
+    of = {name: p.grad.abs().sum() for name, p in model.named_parameters() if p.requires_grad}
+    assert all(grad > 0 for name, grad in of.items() if name.endswith("B")) and len(of) == 12
+
+
+@pytest.mark.parametrize(
+    "mode, message",
+    [
+        ("lst", "unknown mode 'lst': use all, first, middle"),
+        ("lora", "unknown mode"),
+        ("first:9", "'first:9' asks for more blocks than there are, 2"),
+        ("head", "tied to its embeddings"),
+        ("lora4", "no such nodes. Build the model by"),
+        ("probe", "it has no heads"),
+    ],
+)
+def test_modes_that_are_not_known_or_select_nothing_are_errors(mode, message):
+    with pytest.raises(ValueError, match=message):
+        fs.parameters_to_fine_tune(gpt2(2), mode)
+
+
+def test_no_biases_are_an_error():
+    with pytest.raises(ValueError, match="'bitfit' selects nothing"):
+        fs.parameters_to_fine_tune(tiny_llama(), "bitfit")
+
+
+# --- LoRA ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: gpt2(2), tiny_llama], ids=["Conv1D", "Linear"])
+def test_merging_gives_the_same_logits_and_unmerging_the_same_bits(make):
+    model = fs.fine_tuning_model(make(), "lora3").double().eval()
+    randomise(model)
+    base, ids = model.get_base_model(), torch.tensor([[5, 6, 7, 8]])
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    expected = model(ids).logits
+    with merged(model):
+        torch.testing.assert_close(base(ids).logits, expected, atol=1e-10, rtol=0)
+        assert not torch.equal(base(ids).logits, model.get_base_model()(ids * 0 + 9).logits)
+    assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_merging_that_fails_leaves_the_weights():
+    model = fs.fine_tuning_model(gpt2(2), "lora3")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="stop"), merged(model):
+        raise RuntimeError("stop")
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_lora_costs_what_the_formula_says():
+    model = fs.fine_tuning_model(gpt2(1), "lora2")
+    lines = fs.lora_table(model).columns
+    assert fs.lora_ratio(2, 16, 48) == 2 * (16 + 48) / (16 * 48)
+    assert list(lines[5].cells)[0] == f"{2 * (16 + 48) / (16 * 48):.2%}"  # c_attn
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert list(lines[4].cells)[-1] == f"{total:,}" and list(lines[6].cells)[-1] == f"{4 * total / 1024:.1f}"
+    with pytest.raises(ValueError, match="1 or more"):
+        fs.lora_ratio(0, 4, 4)
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+
+def gpt2_tokenizer() -> tf.PreTrainedTokenizerFast:
+    """Of a few words, with the ids that GPT-2 has for them."""
+    ids = {
+        "Who": 8241, " is": 318, " the": 262, " singer": 14015, " for": 329, " band": 4097, " Queen": 7542, "?": 30,
+        " Fred": 30847, "die": 11979, " Mercury": 21673, "What": 2061, " capital": 3139, " of": 286, " France": 4881,
+        " Paris": 40313, "<|endoftext|>": 50256,
+    }  # fmt: skip
+    by_id = {i: word for word, i in ids.items()}
+    pieces = [(by_id.get(i, f"<{i}>"), 0.0 if i in by_id else -100.0) for i in range(50257)]
+    made = Tokenizer(models.Unigram(pieces, unk_id=50256))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|\?"), "isolated")
+    return tf.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def test_batches_are_those_of_the_worked_example():
+    questions = ["Who is the singer for the band Queen?", "What is the capital of France?"]
+    tokenizer = gpt2_tokenizer()
+    rows = rh.encode_pairs(tokenizer, questions, [" Freddie Mercury", " Paris"], add_eos=False)
+    batch = rh.Collator(tokenizer)(rows)
+    assert batch["input_ids"].tolist() == [
+        [8241, 318, 262, 14015, 329, 262, 4097, 7542, 30, 30847, 11979, 21673],
+        [2061, 318, 262, 3139, 286, 4881, 30, 40313, 50256, 50256, 50256, 50256],
+    ]
+    assert batch["attention_mask"].tolist() == [[1] * 12, [1] * 8 + [0] * 4]
+    assert batch["labels"].tolist() == [[-100] * 9 + [30847, 11979, 21673], [-100] * 7 + [40313] + [-100] * 4]
+
+
+def test_the_shifted_loss_is_that_of_the_model_and_of_two_dimensions_the_plain_one():
+    base, ids = tiny_llama().double().eval(), torch.tensor([[5, 6, 7, 8], [9, 4, 3, 2]])
+    labels = torch.tensor([[-100, -100, 7, 8], [-100, 4, -100, -100]])
+    out = base(ids, labels=labels)
+    torch.testing.assert_close(fs.shifted_cross_entropy(out.logits, labels), out.loss.double(), atol=1e-6, rtol=0)
+    right = [bool(out.logits[i, j - 1].argmax() == labels[i, j]) for i, j in ((0, 2), (0, 3), (1, 1))]
+    assert fs.masked_accuracy(out.logits, labels) == pytest.approx(sum(right) / 3)
+    logits, classes = torch.randn(3, 5), torch.tensor([1, -100, 4])
+    torch.testing.assert_close(
+        fs.shifted_cross_entropy(logits, classes), F.cross_entropy(logits[[0, 2]], classes[[0, 2]])
+    )
+    with pytest.raises(ValueError, match=r"got \(3, 5\) and \(2,\)"):
+        fs.shifted_cross_entropy(logits, classes[:2])
+    with pytest.raises(ValueError, match="all targets are -100"):
+        fs.masked_accuracy(logits, torch.full((3,), -100))
+
+
+# --- prompts ------------------------------------------------------------------------------------------------
+
+
+def test_the_formats_are_those_of_the_course():
+    def prompt(form):
+        return fs.icl_prompts(["a?", "b?"], ["1", "2"], "c?", form, shuffle=False)
+
+    assert prompt("qa") == "a? In the 1. b? In the 2. c? In the"
+    assert prompt("none") == "a? 1 b? 2 c?"
+    assert prompt("tldr") == "a? TL;DR: 1 b? TL;DR: 2 c? TL;DR:"
+    assert prompt("custom") not in {prompt(form) for form in ("qa", "none", "tldr")}
+    assert [turn["content"] for turn in prompt("chat")] == ["a?", "1", "b?", "2", "c?"]
+    assert [turn["role"] for turn in prompt("chat")] == ["user", "assistant"] * 2 + ["user"]
+    assert prompt(fs.Format("{x}={y}", "{x}=", between=";")) == "a?=1;b?=2;c?="
+
+
+@given(
+    pairs=st.lists(st.tuples(st.text("abc ", max_size=4), st.text("xyz", min_size=1, max_size=3)), max_size=6),
+    seed=st.integers(0, 99),
+    form=st.sampled_from(["qa", "none", "tldr", "custom", "rating"]),
+)
+def test_pairs_stay_together_in_one_permutation_that_the_seed_decides(pairs, seed, form):
+    inputs, labels = [x for x, _ in pairs], [y for _, y in pairs]
+    np.random.seed(seed)
+    prompt = fs.icl_prompts(inputs, labels, "?", form)
+    np.random.seed(seed)
+    order = np.random.permutation(len(pairs))
+    kept = [fs.icl_prompts([inputs[i]], [labels[i]], "", form, shuffle=False) for i in order]
+    expected = fs.icl_prompts([inputs[i] for i in order], [labels[i] for i in order], "?", form, shuffle=False)
+    assert prompt == expected == prompt.rstrip()
+    assert all(one.rstrip()[: len(one.rstrip()) // 2] in prompt for one in kept)
+    again = fs.icl_prompts(inputs, labels, "?", form, rng=np.random.RandomState(seed))
+    assert again == prompt
+
+
+def test_a_budget_leaves_out_the_first_examples_and_says_how_many(tokenizer):
+    options = {"format": "none", "shuffle": False, "tokenizer": tokenizer}
+    with pytest.warns(UserWarning, match="left out 2 of 3 examples, so that the prompt fits into 4 tokens"):
+        assert fs.icl_prompts(["a", "b", "c"], ["x", "y", "z"], "d", budget=4, **options) == "c z d"
+    assert fs.icl_prompts(["a"], ["x"], "d", budget=3, **options) == "a x d"
+    with pytest.raises(ValueError, match="alone makes a prompt of 3 tokens, over the budget of 2"):
+        fs.icl_prompts(["a"], ["x"], "d e f", budget=2, **options)
+
+
+def test_prompts_that_cannot_be_made_are_errors():
+    with pytest.raises(ValueError, match="unknown format 'json': use qa, none, tldr"):
+        fs.icl_prompts([], [], "x", "json")
+    with pytest.raises(ValueError, match="got 1 inputs, 0 labels"):
+        fs.icl_prompts(["a"], [], "x")
+    with pytest.raises(ValueError, match="ends in a space"):
+        fs.Format("{x} {y}", "{x} ")
+    assert fs.icl_prompts([], [], "x", "qa") == "x In the"
+
+
+@given(labels=st.lists(st.integers(0, 3), max_size=30), k=st.integers(0, 4), seed=st.integers(0, 9))
+def test_k_of_each_class_are_drawn_without_replacement(labels, k, seed):
+    counts = Counter(labels)
+    if any(k > n for n in counts.values()):
+        with pytest.raises(ValueError, match="take a smaller k"):
+            fs.k_shot(labels, k, seed=seed)
+        return
+    chosen = fs.k_shot(labels, k, seed=seed)
+    assert len(set(chosen)) == len(chosen) and Counter(labels[i] for i in chosen) == Counter(
+        {label: k for label in counts if k}
+    )
+    assert chosen == fs.k_shot(labels, k, seed=seed)
+
+
+def test_the_order_with_the_largest_entropy_is_found():
+    def predict(order):  # the first example decides how sure the model is
+        sure = [0.9, 0.6, 0.99][order[0]]
+        return torch.tensor([[sure, 1 - sure], [1 - sure, sure] if order[0] else [sure, 1 - sure]])
+
+    rng = np.random.RandomState(0)
+    assert fs.order_by_entropy(3, predict, by="local", rng=rng)[0] == 1
+    assert fs.order_by_entropy(3, predict, by="global", rng=rng)[0] in (1, 2)  # they predict both labels
+    with pytest.raises(ValueError, match="at least one example"):
+        fs.order_by_entropy(0, predict)
+
+
+# --- answers ------------------------------------------------------------------------------------------------
+
+ROWS = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8, 9, 10]]
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("edited", [False, True])
+def test_greedy_answers_are_those_of_generate_without_prompt_and_end(make, edited):
+    model = make(initializer_range=0.5).eval()
+    if edited:
+        node = rh.Node(rh.LoReFT(rank=2), 1, positions="l1+generated")
+        model = rh.InterventionModel(model, rh.InterventionGraph(node)).eval()
+        randomise(model)
+    free = [
+        model.generate(
+            input_ids=torch.tensor([row]), do_sample=False, max_new_tokens=8, eos_token_id=-1, pad_token_id=0
+        )
+        for row in ROWS
+    ]
+    free = [ids[0, len(row) :].tolist() for ids, row in zip(free, ROWS, strict=True)]
+    assert fs.greedy_sample(model, ROWS, [], 8) == free
+    stop = free[0][3]
+    expected = [answer[: answer.index(stop)] if stop in answer else answer for answer in free]
+    assert fs.greedy_sample(model, ROWS, [stop], 8) == expected
+    assert fs.greedy_sample(model, torch.tensor(ROWS[:1]), [stop], 8) == expected[:1]
+
+
+def test_what_rows_begin_with_is_computed_once():
+    model, lengths = tiny_llama().eval(), []
+    model.model.layers[0].register_forward_hook(lambda m, args, out: lengths.append(tuple(args[0].shape[:2])))
+    fs.greedy_sample(model, [[5] * 20 + row for row in ROWS], [], 2)
+    assert lengths == [(1, 22), (3, 4), (3, 1)]
+
+
+def test_rows_that_are_empty_are_an_error():
+    for rows, most in (([], 3), ([[5], []], 3), ([[5]], 0)):
+        with pytest.raises(ValueError, match="give at least one row, each with a token"):
+            fs.greedy_sample(tiny_llama(), rows, [], most)
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_scores_are_the_sums_of_log_probabilities(tokenizer, edited):
+    model = tiny_llama(vocab_size=40, initializer_range=0.5).double().eval()
+    if edited:
+        node = rh.Node(rh.LoReFT(rank=2, dtype="float64"), 1, positions="l1")
+        model = rh.InterventionModel(model, rh.InterventionGraph(node)).eval()
+        randomise(model)
+    prompts, labels = ["a b c", "a b d e"], ["x", "y z", "w"]
+    scores = fs.score_labels(model, tokenizer, prompts, labels, batch_size=4)
+    means = fs.score_labels(model, tokenizer, prompts, labels, normalise=True)
+    for i, prompt in enumerate(prompts):
+        for j, label in enumerate(labels):
+            ids, end = (tokenizer(text)["input_ids"] for text in (prompt, label))
+            given = {"prompt_mask": torch.tensor([[1] * len(ids) + [0] * len(end)])} if edited else {}
+            log_p = model(torch.tensor([ids + end]), **given).logits[0].log_softmax(-1)
+            expected = sum(float(log_p[len(ids) - 1 + t, token]) for t, token in enumerate(end))
+            assert float(scores[i, j]) == pytest.approx(expected, abs=1e-5)
+            assert float(means[i, j]) == pytest.approx(expected / len(end), abs=1e-5)
+
+
+def test_labels_without_tokens_are_an_error(tokenizer):
+    with pytest.raises(ValueError, match="labels with a token each"):
+        fs.score_labels(tiny_llama(vocab_size=40), tokenizer, ["a"], ["x", ""])
+
+
+# --- tasks and scores ---------------------------------------------------------------------------------------
+
+
+def test_tasks_are_read_from_their_own_forms_and_from_tables(tmp_path):
+    (tmp_path / "fine.train").write_text("3 good film .\n0 bad film .\n")
+    (tmp_path / "fine.test").write_text("4 wonderful .\n")
+    task = fs.load_task("rating", str(tmp_path))
+    assert task.train == [("good film .", ("good",)), ("bad film .", ("terrible",))] and task.labels == fs.RATINGS
+
+    qa = tmp_path / "qa"
+    qa.mkdir()
+    story = "1 Mary went home.\n2 Where is Mary? \thome,house\t1\n3 Mary left.\n4 Who left? \tMary\t3\n"
+    story += "1 New.\n2 What? \tnew\t1\n"
+    for split in ("train", "test"):
+        (qa / f"qa1_{split}.txt").write_text(story)
+    examples = fs.load_task("qa", str(qa)).train
+    assert examples[0] == ("Mary went home. Where is Mary?", ("home", "house"))
+    assert [e.input for e in examples[1:]] == ["Mary went home. Mary left. Who left?", "New. What?"]
+
+    pairs = tmp_path / "e2e.txt"
+    pairs.write_text("".join(f"name : {i} || {i} is a place .\n" for i in range(20)))
+    task = fs.load_task("summary", str(pairs))
+    assert (len(task.train), len(task.test)) == (18, 2) and task.test[-1] == ("name : 19", ("19 is a place .",))
+
+    rows = [{"input": "a", "answer": ["b", "c"]}, {"input": "d", "answer": "e"}] * 5
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert fs.load_task("qa", str(tmp_path / "rows.jsonl")).train[0] == ("a", ("b", "c"))
+    (tmp_path / "rows.csv").write_text("sentence,label\n" + "fine,2\n" * 10)
+    assert fs.load_task("rating", str(tmp_path / "rows.csv")).test == [("fine", ("okay",))]
+
+
+def test_tasks_that_cannot_be_read_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="unknown task 'math': use rating, qa or summary"):
+        fs.load_task("math", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no file with 'train' in its name"):
+        fs.load_task("qa", str(tmp_path))
+    (tmp_path / "x.csv").write_text("text,label\n" + "fine,7\n" * 10)
+    with pytest.raises(ValueError, match="the rating '7' is neither 0 to 4 nor one of terrible, bad"):
+        fs.load_task("rating", str(tmp_path / "x.csv"))
+    (tmp_path / "y.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="a row has the columns a, b: rename them"):
+        fs.load_task("qa", str(tmp_path / "y.csv"))
+    (tmp_path / "z.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no examples for train"):
+        fs.load_task("qa", str(tmp_path / "z.jsonl"))
+
+
+def test_scores():
+    assert fs.accuracy(["a", "b"], ["a", "c"]) == 0.5
+    assert fs.exact_match(["The Hallway.", "an office", "x"], ["hallway", ("room", "Office"), "y"]) == pytest.approx(
+        2 / 3
+    )
+    scores = fs.rouge(["the cats sat"], ["the cat sat down"])
+    assert scores["rouge1"] == pytest.approx(2 * 1 * 0.75 / 1.75) and scores["rouge2"] == pytest.approx(2 * 2 / 5)
+    assert fs.ngram_overlap(["a b a", ""], ["a b c", "d"]) == pytest.approx((2 / 3 + 0) / 2)
+    assert fs.ngram_overlap(["a b c"], ["b c d"], n=2) == 0.5
+    for metric in (fs.accuracy, fs.exact_match, fs.rouge, fs.ngram_overlap):
+        with pytest.raises(ValueError, match="got 0 predictions"):
+            metric([], [])
+        with pytest.raises(ValueError, match="1 predictions and 2 targets"):
+            metric(["a"], ["a", "b"])
+    with pytest.raises(ValueError, match="n must be 1 or more"):
+        fs.ngram_overlap(["a"], ["a"], n=0)
+
+
+def test_training_stops_when_a_logged_metric_is_beyond_its_bound(tokenizer, tmp_path):
+    rows = rh.encode_pairs(tokenizer, ["a b"], ["c"])
+    args = tf.TrainingArguments(
+        str(tmp_path), max_steps=200, learning_rate=0.1, logging_steps=1, save_strategy="no", report_to=[],
+        disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+
+    def train(stop):
+        model = rh.InterventionModel(tiny_llama(vocab_size=40), rh.InterventionGraph(rh.Node(rh.LoReFT(rank=2), 1)))
+        trainer = rh.InterventionTrainer(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=[stop])
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    losses = train(fs.StopWhen("loss", below=3.52, patience=2))
+    assert len(losses) < 200 and max(losses[-2:]) < 3.52 <= min(losses[:-2])
+    with pytest.raises(ValueError, match="'accuracy' is not logged: there are loss"):
+        train(fs.StopWhen("accuracy", above=0.5))
+    with pytest.raises(ValueError, match="give below or above"):
+        fs.StopWhen("loss")
+
+
+# --- studies ------------------------------------------------------------------------------------------------
+
+CELLS = [
+    {"model": "some/path", "mode": mode, "k": k, "seed": seed} for mode in ("a", "b") for k in (1, 8) for seed in (0, 1)
+]
+
+
+def test_a_study_that_stops_goes_on_without_losing_or_repeating_a_cell(tmp_path):
+    ran = []
+
+    def measure(model, mode, k, seed):
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        ran.append((mode, k, seed))
+        return {"score": k + seed + (mode == "b")}
+
+    study = fs.Study(tmp_path / "results")
+    with pytest.raises(KeyboardInterrupt):
+        study.run(CELLS, measure)
+    assert len(list((tmp_path / "results").iterdir())) == 3
+    ran_before, ran[:] = list(ran), []
+    with pytest.raises(KeyboardInterrupt):
+        study.run(CELLS, measure)
+    results = fs.Study(tmp_path / "results").run(
+        CELLS, lambda **cell: {"score": cell["k"] + cell["seed"] + (cell["mode"] == "b")}
+    )
+    assert not set(ran) & set(ran_before)
+    assert [result["score"] for result in results] == [1, 2, 8, 9, 2, 3, 9, 10]
+    assert fs.over_seeds(results, ["mode"], "k")["b",][8] == (9.5, pytest.approx(0.5**0.5))
+    table = fs.table_of(results, ["model", "mode"], "k")
+    assert list(table.columns[0].cells) == ["path", "path"] and list(table.columns[3].cells)[0] == "8.500 ± 0.707"
+    fs.plot(results, tmp_path / "plot.png", ["mode"])
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_files_of_a_study_that_are_damaged_or_of_other_cells_are_errors(tmp_path):
+    study = fs.Study(tmp_path)
+    study.run([{"model": "a/b", "k": 1}], lambda **cell: {"score": 0})
+    with pytest.raises(ValueError, match="is the result of another cell"):
+        study.result({"model": "a-b", "k": 1})
+    study.path({"model": "a/b", "k": 1}).write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        study.result({"model": "a/b", "k": 1})
+    with pytest.raises(ValueError, match="no results"):
+        fs.over_seeds([], ["model"], "k")
