@@ -76,8 +76,9 @@ def encode(args: argparse.Namespace, tokenizer, pairs: list[Pair]) -> list[list[
 
 def graph_for(args: argparse.Namespace, base) -> rh.InterventionGraph:
     head = rh.LinearHead(1, target="preference", loss="bradley_terry", lr=args.head_lr)
-    below = rh.InterventionGraph() if args.graph == "none" else rh.preset(args.graph, base)
-    return below + rh.InterventionGraph(rh.Node(head, component="final_norm_output", positions="l1", name="reward"))
+    node = rh.Node(head, component="final_norm_output", positions="l1", name="reward")
+    graph = rh.InterventionGraph(node)
+    return graph if args.graph == "none" else rh.preset(args.graph, base) + graph
 
 
 class Step(TrainerCallback):

@@ -75,8 +75,8 @@ def encode(tokenizer, samples: list[Sample], targets: tuple[str, ...] = ()) -> l
 def graph_for(args: argparse.Namespace, base) -> rh.InterventionGraph:
     options = dict(target="value", loss="mse", activation="sigmoid", lr=args.head_lr)
     head = rh.MLPHead(1, hidden=args.hidden, **options) if args.hidden else rh.LinearHead(1, **options)
-    below = rh.InterventionGraph() if args.graph == "none" else rh.preset(args.graph, base)
-    return below + rh.InterventionGraph(rh.Node(head, component="final_norm_output", name="value"))
+    graph = rh.InterventionGraph(rh.Node(head, component="final_norm_output", name="value"))
+    return graph if args.graph == "none" else rh.preset(args.graph, base) + graph
 
 
 class Step(TrainerCallback):

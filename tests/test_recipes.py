@@ -1,14 +1,20 @@
 """The recipes are really run: the demo as it is, the others small."""
 
+import io
 import json
-import os
-import subprocess
+import runpy
 import sys
+import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel
 
 import reftheads as rh
 
@@ -17,12 +23,25 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(autouse=True)
+def _as_it_was():
+    """Recipes are programs: what they set for their process ends with them."""
+    threads, verbosity, path = torch.get_num_threads(), transformers.logging.get_verbosity(), list(sys.path)
+    sys.path.insert(0, str(RECIPES))
+    yield
+    sys.path[:] = path
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()
+
+
 def run(recipe: str, *arguments: object) -> str:
-    command = [sys.executable, "-W", "ignore", str(RECIPES / recipe), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    """What a recipe prints. It runs in this process, since importing everything takes longer than most recipes do."""
+    shown = io.StringIO()
+    with patch.object(sys, "argv", [recipe, *map(str, arguments)]), redirect_stdout(shown), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runpy.run_path(str(RECIPES / recipe), run_name="__main__")
+    return shown.getvalue()
 
 
 def test_ten_demonstrations_make_the_chat_model_answer_in_emoji(tmp_path):
@@ -75,3 +94,138 @@ def test_a_sweep_prints_its_grid_and_writes_a_plot_and_all_figures(tmp_path):
     figures = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert [(r["rank"], r["learning_rate"], r["seed"]) for r in figures["results"]] == [(1, 1e-2, 0), (1, 1e-2, 1)]
     assert all(r["eval_loss"] > 0 and 0 <= r["emoji_only"] <= 1 for r in figures["results"])
+
+
+def test_three_tasks_are_trained_at_once(tmp_path):
+    sst5, sick = tmp_path / "sst5", tmp_path / "sick"
+    for folder in (sst5, sick):
+        folder.mkdir()
+    header = "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n"
+    kinds = ("NEUTRAL", "ENTAILMENT", "CONTRADICTION")
+    for split in ("train", "test"):
+        (sst5 / f"fine.{split}").write_text("".join(f"{i % 5} a film of grade {i % 5}\n" for i in range(12)))
+        pairs = (f"{i}\ta dog runs\ta dog sits\t{1 + i % 4}.5\t{kinds[i % 3]}\n" for i in range(12))
+        (sick / f"SICK_{split}.txt").write_text(header + "".join(pairs))
+    shown = run(
+        "joint_multitask.py", "--sst5", sst5, "--sick", sick, "--epochs", 1, "--batch", 8, "--balance", "uncertainty",
+        "--graph", "lora2", "--separate", "--shares", "sst5=1,sick=2", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert "grade + relatedness + entailment" in shown
+    figures = json.loads((tmp_path / "out" / "joint_multitask.json").read_text())
+    assert [sorted(r["scores"]) for r in figures["runs"]] == [
+        ["entailment", "grade", "relatedness"], ["grade"], ["relatedness"], ["entailment"]
+    ]  # fmt: skip
+    assert {"loss_grade", "loss_relatedness", "loss_entailment"} <= {k for e in figures["runs"][0]["losses"] for k in e}
+    assert (tmp_path / "out" / "joint_multitask.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ways_of_text_classification_are_compared_and_what_is_trained_is_not_trained_again(tmp_path):
+    things = "film story actor song scene ending plot cast hero joke score dialogue".split()
+    for split, some in (("train", things), ("dev", things[:4]), ("test", things[4:])):
+        texts = (f"{c},I {verb} the {thing}." for thing in some for c, verb in ((1, "love"), (0, "hate")))
+        (tmp_path / f"{split}.csv").write_text("\n".join(["label,sentence", *texts]))
+
+    def compare(out: str, *more: object) -> tuple[str, list[dict]]:
+        given = ("--data", tmp_path, "--limit", 16, "--batch", 8, "--rank", 4, "--out", tmp_path / out)
+        shown = run("text_classification.py", *given, *more)
+        assert (tmp_path / out / "text_classification.png").read_bytes().startswith(b"\x89PNG")
+        return shown, json.loads((tmp_path / out / "text_classification.json").read_text())["runs"]
+
+    shown, runs = compare("large", "--methods", "full,lora,qlora", "--seeds", 0, "--epochs", 1)
+    assert "16 train, 8 validation, 16 test; 2 classes" in shown and "mean ± deviation of 1 seeds" in shown
+    base, _ = rh.load_base("tiny-chat", auto_class=AutoModel)
+    head, lora = 2 * 192 + 2, sum(4 * sum(m.weight.shape) for m in base.layers.modules() if isinstance(m, nn.Linear))
+    assert [r["trained"] for r in runs] == [base.num_parameters() + head, lora + head, lora + head]
+
+    few = ("--methods", "loreft,probe", "--epochs", 8, "--lr", "loreft=2e-2", "--lr", "probe=1e-9,1e-2")
+    _, runs = compare("few", *few, "--seeds", 0)
+    assert [(r["method"], r["learning_rate"]) for r in runs] == [("loreft", 2e-2), ("probe", 1e-9), ("probe", 1e-2)]
+    assert [r["trained"] for r in runs] == [6 * (2 * 4 * 192 + 4) + head, head, head]
+    assert runs[0]["test"] >= 0.9
+    _, more = compare("few", *few, "--seeds", "0,1")
+    better = max(runs[1:], key=lambda r: max(r["validation"]))["learning_rate"]
+    assert more[:3] == runs and [r["learning_rate"] for r in more[3:]] == [2e-2, better]
+
+
+def of_lines(tmp_path):
+    """Arguments by which each row of a text is one line; what the model gives for it, its output matrix, the ids."""
+    line = "Dogs are loyal animals that love to play.\n"
+    (tmp_path / "text.txt").write_text(line * 20)
+    base, tokenizer = rh.load_base("tiny-chat")
+    ids = tokenizer(line, return_tensors="pt")["input_ids"]
+    given = ("--text", tmp_path / "text.txt", "--length", ids.shape[1], "--epochs", 3, "--lr", 1e-2, "--batch-size", 4)
+    given = (*given, "--prompts", "Dogs are", "--out", tmp_path / "out")
+    return given, base(ids, labels=ids, output_hidden_states=True), base.lm_head.weight.detach(), ids[0]
+
+
+def perplexity(hidden, matrix, ids):
+    return pytest.approx(torch.nn.functional.cross_entropy(hidden[0, :-1] @ matrix.T, ids[1:]).exp().item(), rel=1e-3)
+
+
+def test_a_linear_probe_for_the_next_token_stands_beside_the_model_and_the_logit_lens(tmp_path):
+    given, out, matrix, ids = of_lines(tmp_path)
+    shown = run("linear_probe.py", *given, "--layer", 2, "--start", "copy")
+    figures = json.loads((tmp_path / "out" / "linear_probe.json").read_text())["perplexity"]
+    assert figures["model"] == pytest.approx(out.loss.exp().item(), rel=1e-3)
+    assert figures["logit_lens"] == perplexity(out.hidden_states[3], matrix, ids)
+    assert figures["probe"] < figures["logit_lens"] / 2
+    assert "Dogs are" in shown and "from a copy start" in shown
+
+
+def test_probes_for_the_next_token_at_every_layer_are_trained_side_by_side(tmp_path):
+    given, out, matrix, ids = of_lines(tmp_path)
+    shown = run("multi_probe.py", *given)
+    assert (tmp_path / "out" / "multi_probe.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((tmp_path / "out" / "multi_probe.json").read_text())
+    names = ["embedding", *(f"block_{layer}" for layer in range(6))]
+    assert list(found["logit_lens"]) == names and found["probes"].keys() == {*names, "model"}
+    for name, hidden in list(zip(names, out.hidden_states, strict=True))[:6]:  # the last is behind the final norm
+        assert found["logit_lens"][name] == perplexity(hidden, matrix, ids)
+    assert found["probes"]["model"] == pytest.approx(out.loss.exp().item(), rel=1e-3)
+    assert all(found["probes"][name] < found["logit_lens"][name] / 2 for name in names)
+    assert {*found["next_tokens"][0]} == {"prompt", "model", *names}
+    assert all(len(found["next_tokens"][0][name]) == 5 for name in names)
+    assert len(found["epoch_seconds"]) == 3 and "later ones" in shown
+
+
+@pytest.mark.parametrize("language", [(), ("--language", "--epochs", "12")], ids=" ".join)
+def test_a_value_model_knows_the_outcome_once_the_deciding_word_is_read_and_picks_by_it(tmp_path, language):
+    subjects, ends = ("film", "book", "play", "song", "game", "poem", "show", "tale"), ("good", "fine", "bad", "sad")
+    sentences = [f"{int(end in ends[:2])},The {subject} we saw is {end}" for subject in subjects for end in ends]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("\n".join(["label,sentence", *sentences]))
+    given = ("--data", tmp_path, "--epochs", 6, "--batch", 8, "--tries", 2, "--n", 3, "--words", 4, "--new-tokens", 4)
+    shown = run("value_model.py", *given, *language, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "value_model.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((tmp_path / "out" / "value_model.json").read_text())
+    assert [row["read"] for row in found["values"]] == [0.25, 0.5, 0.75, 1.0]
+    half, whole = found["values"][1], found["values"][3]
+    assert half["mse"] > 0.2
+    assert whole["auc"] > 0.95 and whole["mse"] < 0.1
+    assert len(found["best_of_n"]) == 2 and "means of 2" in shown
+    for row in found["best_of_n"]:
+        assert row["best"]["value"] >= row["random"]["value"] and row["best"]["text"].startswith(row["beginning"])
+        assert "".join(row["best"]["tokens"]) == row["best"]["text"]
+        assert row["best"]["value"] == row["best"]["values"][-1] and row["best"]["log_probability"] < 0
+
+
+def test_a_reward_model_prefers_the_answers_that_were_chosen(tmp_path):
+    topics = [f"{a} {b}" for a in ("red", "old", "big", "new", "hot") for b in ("cars", "dogs", "maps", "hats")]
+    rows = [{"prompt": f"What are {t}?", "chosen": f"I like {t} a lot.", "rejected": "Who knows."} for t in topics]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ("--data", tmp_path / "pairs.jsonl", "--epochs", 6, "--batch", 4, "--graph", "loreft4:all")
+    shown = run("reward_model.py", *given, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "reward_model.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((tmp_path / "out" / "reward_model.json").read_text())
+    assert found["figures"]["after"]["accuracy"] == 1 and found["longer_is_chosen"] == 1
+    assert found["figures"]["after"]["loss"] < 0.1 < found["figures"]["before"]["loss"]
+    assert len(found["margins"]) == 4 and "4 held-out pairs" in shown
+
+
+def test_what_is_saved_and_exported_predicts_the_same(tmp_path):
+    run("save_and_load.py", "--epochs", 1, "--full", "--lr", "5e-4", "--out", tmp_path)
+    results = json.loads((tmp_path / "save_and_load.json").read_text())["results"]
+    assert len(results) == 4 and all(result["largest_difference"] < 1e-4 for result in results.values())
+    assert results["adapter/, loaded onto a fresh base"]["largest_difference"] == 0
+    folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert folders == {"adapter", "base", "classifier", "head"}
