@@ -6,14 +6,17 @@ weights are trained: all, whole blocks, biases, LoRA, LoReFT, or the classifier 
     python recipes/few_shot_finetune.py --task rating --data FOLDER_OR_HUB_ID --models ENCODER --modes all,lora4,probe
     python recipes/few_shot_finetune.py --task qa --data FOLDER --models tiny-chat,gpt2-medium --ks 0,1,8 --seeds 0,1,2
 
-Each cell is a file under OUT/ft. What is there already is not run again, so that a study can be broken off at any time.
+Each cell is a file under OUT/ft/TASK. What is there already is not run again, so that a study can be broken off at any time.
 """
 
 import argparse
+import math
 import random
+import re
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -26,7 +29,15 @@ import reftheads as rh
 import reftheads.fewshot as fs
 
 HUB = {"rating": "SetFit/sst5", "qa": "Muennighoff/babi", "summary": "EdinburghNLP/xsum"}
-RATES = {"all": 5e-5, "first": 1e-4, "middle": 1e-4, "last": 1e-4, "lora": 2e-3, "loreft": 5e-3, "bitfit": 1e-3}
+RATES = {
+    "all": 5e-5, "first": 1e-4, "middle": 1e-4, "last": 1e-4, "lora": 2e-3, "loreft": 5e-3, "bitfit": 1e-3,
+    "head": 1e-3, "probe": 1e-2,
+}  # fmt: skip
+
+
+def rate_of(mode: str) -> float:
+    """The learning rate of a mode that nobody has said another one for."""
+    return RATES.get(re.split("[^a-z]", mode)[0], 1e-3)
 
 
 def support_of(task: fs.Task, k: int, seed: int) -> list[fs.Example]:
@@ -61,45 +72,67 @@ def answers_of(model, tokenizer, task: fs.Task, prompts: list[str], batch: int) 
     return [text.split(".")[0] for text in texts] if task.format == "qa" else texts
 
 
-def train(args: argparse.Namespace, model, tokenizer, rows: list[dict], mode: str, seed: int) -> None:
-    kind = next(kind for kind in (*RATES, "") if mode.startswith(kind) and (kind != "lora" or "loreft" not in mode))
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):  # a Trainer prints what it logs
-        given = TrainingArguments(
-            folder, max_steps=max(args.steps, args.epochs * len(rows) // args.batch), logging_steps=5, seed=seed,
-            learning_rate=args.lr or RATES.get(kind, 1e-2), per_device_train_batch_size=min(args.batch, len(rows)),
-            warmup_steps=3, save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
-        )  # fmt: skip
-        options = {"train_dataset": rows, "callbacks": [fs.StopWhen("loss", below=args.stop)]}
-        if isinstance(model, rh.InterventionModel):
-            rh.InterventionTrainer(model, given, processing_class=tokenizer, **options).train()
-        else:
-            Trainer(model, given, data_collator=rh.Collator(tokenizer), **options).train()
-
-
-def measure(args: argparse.Namespace, task: fs.Task, model: str, mode: str, k: int, seed: int) -> dict:
-    """Trains on the supports of one seed, and answers the test inputs."""
-    set_seed(seed)
+def build(args: argparse.Namespace, task: fs.Task, model: str, mode: str):
+    """The model of a mode, its tokenizer, and whether it is a classifier."""
     base, tokenizer = rh.load_base(model, dropout=False)
-    classify = not base.can_generate()
-    support, tests = support_of(task, k, seed), tests_of(task, args.tests)
+    classify = task.labels is not None and not base.can_generate()
     heads = []
     if classify:
-        head = rh.LinearHead(len(task.labels), target="label", pool="mean", lr=args.head_lr)
-        heads = [rh.Node(head, layer=-1, name="head")]
-    model = fs.fine_tuning_model(base, mode, *heads)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        rate = None if mode == "probe" else args.head_lr
+        heads = [rh.Node(rh.LinearHead(len(task.labels), target="label", pool="mean", lr=rate), layer=-1, name="head")]
+    return fs.fine_tuning_model(base, mode, *heads), tokenizer, classify
+
+
+def arguments(args: argparse.Namespace, folder: str, rows: list[dict], lr: float, seed: int) -> TrainingArguments:
+    return TrainingArguments(
+        folder, max_steps=max(args.steps, math.ceil(args.epochs * len(rows) / args.batch)), logging_steps=5, seed=seed,
+        learning_rate=lr, warmup_steps=3, per_device_train_batch_size=min(args.batch, len(rows)),
+        per_device_eval_batch_size=args.batch, save_strategy="no", report_to="none", disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+
+
+def train(args: argparse.Namespace, model, tokenizer, rows: list[dict], lr: float, seed: int) -> Trainer:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):  # a Trainer prints what it logs
+        given = arguments(args, folder, rows, lr, seed)
+        options = {"train_dataset": rows, "callbacks": [fs.StopWhen("loss", below=args.stop)]}
+        if isinstance(model, rh.InterventionModel):
+            trainer = rh.InterventionTrainer(model, given, processing_class=tokenizer, **options)
+        else:
+            trainer = Trainer(model, given, data_collator=rh.Collator(tokenizer), **options)
+        trainer.train()
+    return trainer
+
+
+def measure(args: argparse.Namespace, task: fs.Task, model: str, mode: str, lr: float, k: int, seed: int) -> dict:
+    """Trains on the supports of one seed, and answers the test inputs."""
+    set_seed(seed)
+    support, tests = support_of(task, k, seed), tests_of(task, args.tests)
+    tuned, tokenizer, classify = build(args, task, model, mode)
+    trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     began = time.perf_counter()
     if support:
-        train(args, model, tokenizer, encode(tokenizer, task, support, classify, args.max_length), mode, seed)
+        train(args, tuned, tokenizer, encode(tokenizer, task, support, classify, args.max_length), lr, seed)
     seconds = time.perf_counter() - began
     if classify:
-        predicted = rh.predict(model, tokenizer, encode(tokenizer, task, tests, True, args.max_length))["head"]
+        predicted = rh.predict(tuned, tokenizer, encode(tokenizer, task, tests, True, args.max_length))["head"]
         answers = [task.labels[i] for i in predicted.argmax(1).tolist()]
     else:
         prompts = [fs.icl_prompts([], [], example.input, task.format) for example in tests]
-        answers = answers_of(model, tokenizer, task, prompts, args.batch)
+        answers = answers_of(tuned, tokenizer, task, prompts, args.batch)
     score = task.score(answers, [example.answers for example in tests])
-    return {"task": task.name, "score": score, "trained": trained, "seconds": round(seconds, 2), "tests": len(tests)}
+    return {"score": score, "trained": trained, "seconds": round(seconds, 2)}
+
+
+def fine_tune(args: argparse.Namespace, task: fs.Task, rates: Mapping[tuple[str, str], float]) -> list[dict]:
+    """Results of all modes, each with its learning rate for a model."""
+    cells = [
+        {"model": model, "mode": mode, "lr": rates[model, mode], "k": k, "seed": seed}
+        for seed in args.seeds for model in args.models for mode in args.modes for k in args.ks
+    ]  # fmt: skip
+    names = ("task", "data", "tests", "steps", "epochs", "batch", "max_length", "head_lr", "stop")
+    study = fs.Study(args.out / "ft" / task.name, **{name: getattr(args, name) for name in names})
+    return study.run(cells, lambda **cell: measure(args, task, **cell))
 
 
 def options(description: str) -> argparse.ArgumentParser:
@@ -119,19 +152,21 @@ def options(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def quiet(args: argparse.Namespace) -> None:
+def read(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, fs.Task]:
+    args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
     if args.threads:
         torch.set_num_threads(args.threads)
+    args.data = args.data or HUB[args.task]
+    return args, fs.load_task(args.task, args.data)
 
 
 def training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modes", type=lambda text: text.split(","), default=["all", "last", "lora4", "loreft4"])
     parser.add_argument("--steps", type=int, default=30, help="of training, at least")
     parser.add_argument("--epochs", type=int, default=3, help="at least")
-    parser.add_argument("--lr", type=float, help="default: by mode")
     parser.add_argument("--head-lr", type=float, default=1e-2)
     parser.add_argument("--stop", type=float, default=0.02, help="the training loss below which training stops")
 
@@ -139,15 +174,11 @@ def training_options(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     parser = options(str(__doc__).split("\n")[0])
     training_options(parser)
-    args = parser.parse_args()
-    quiet(args)
-    task = fs.load_task(args.task, args.data or HUB[args.task])
-    cells = [
-        {"model": model, "mode": mode, "k": k, "seed": seed}
-        for model in args.models for mode in args.modes for k in args.ks for seed in args.seeds
-    ]  # fmt: skip
-    results = fs.Study(args.out / "ft").run(cells, lambda **cell: measure(args, task, **cell))
-    title = f"{task.name}, {results[0]['tests']} tests: mean ± deviation of {len(args.seeds)} seeds"
+    parser.add_argument("--lr", type=float, help="default: by mode")
+    args, task = read(parser)
+    rates = {(model, mode): args.lr or rate_of(mode) for model in args.models for mode in args.modes}
+    results = fine_tune(args, task, rates)
+    title = f"{task.name}, {args.tests} tests: mean ± deviation of {len(args.seeds)} seeds"
     Console().print(fs.table_of(results, ["model", "mode", "trained"], "k", title=title))
     fs.plot(results, args.out / f"ft_{task.name}.png", ["model", "mode"], title=title)
 

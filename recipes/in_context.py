@@ -4,7 +4,7 @@
     python recipes/in_context.py --task rating --data FOLDER --formats rating,chat --order global
 
 All tests of a seed see the same examples in the same order, so that what they have in common is computed once. Each
-cell is a file under OUT/icl, as in few_shot_finetune.py.
+cell is a file under OUT/icl/TASK, as in few_shot_finetune.py.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import torch
-from few_shot_finetune import HUB, answers_of, options, quiet, support_of, tests_of
+from few_shot_finetune import answers_of, options, read, support_of, tests_of
 from rich.console import Console
 
 import reftheads as rh
@@ -52,25 +52,34 @@ def measure(args: argparse.Namespace, task: fs.Task, model: str, format: str, k:
     answers = answers_of(base, tokenizer, task, prompts, args.batch)
     score = task.score(answers, [example.answers for example in tests])
     seconds = round(time.perf_counter() - began, 2)
-    return {"task": task.name, "score": score, "seconds": seconds, "tests": len(tests)}
+    return {"score": score, "seconds": seconds}
 
 
-def main() -> None:
-    parser = options(str(__doc__).split("\n")[0])
+def in_context(args: argparse.Namespace, task: fs.Task) -> list[dict]:
+    """Results of all formats."""
+    cells = [
+        {"model": model, "format": form, "k": k, "seed": seed}
+        for seed in args.seeds for model in args.models for form in args.formats or [task.format, "custom"]
+        for k in args.ks
+    ]  # fmt: skip
+    names = ("task", "data", "tests", "order", "probes", "context")
+    study = fs.Study(args.out / "icl" / task.name, **{name: getattr(args, name) for name in names})
+    return study.run(cells, lambda **cell: measure(args, task, **cell))
+
+
+def prompt_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--formats", type=lambda text: text.split(","), help="default: that of the task, and custom")
     parser.add_argument("--order", choices=["random", "global", "local"], default="random", help="by which entropy")
     parser.add_argument("--probes", type=int, default=16, help="inputs to measure the entropy with")
     parser.add_argument("--context", type=int, help="tokens of a prompt with its answer (default: all that there are)")
-    args = parser.parse_args()
-    quiet(args)
-    task = fs.load_task(args.task, args.data or HUB[args.task])
-    cells = [
-        {"model": model, "format": form, "k": k, "seed": seed}
-        for model in args.models for form in args.formats or [task.format, "custom"]
-        for k in args.ks for seed in args.seeds
-    ]  # fmt: skip
-    results = fs.Study(args.out / "icl").run(cells, lambda **cell: measure(args, task, **cell))
-    title = f"{task.name} in context, {results[0]['tests']} tests: mean ± deviation of {len(args.seeds)} seeds"
+
+
+def main() -> None:
+    parser = options(str(__doc__).split("\n")[0])
+    prompt_options(parser)
+    args, task = read(parser)
+    results = in_context(args, task)
+    title = f"{task.name} in context, {args.tests} tests: mean ± deviation of {len(args.seeds)} seeds"
     Console().print(fs.table_of(results, ["model", "format"], "k", title=title))
     fs.plot(results, args.out / f"icl_{task.name}.png", ["model", "format"], title=title)
 

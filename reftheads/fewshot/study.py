@@ -9,9 +9,11 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -22,20 +24,24 @@ Cell = Mapping[str, Any]
 class Study:
     """Runs a grid cell by cell; every result is a JSON file of its own, written when the cell is complete.
 
-    A study that was broken off goes on where it was: cells that have a file are not run again.
+    A study that was broken off goes on where it was: cells that have a file are not run again. Processes that run the
+    same study at the same time share its cells.
 
     Args:
         folder: where the files are, such as "results/ft"; made if there is none.
+        settings: what all cells have in common, such as `steps=30`; it stands in every file.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, **settings: Any):
+        self.folder, self.settings = Path(folder), settings
 
     def run(self, cells: Iterable[Cell], measure: Callable[..., Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Calls `measure(**cell)` for every cell without a result; the results of all cells, in order.
+        """Calls `measure(**cell)` for every cell without a result; the results, in the order of the cells.
+
+        What another process is running is left to it, and is not among the results.
 
         Raises:
-            ValueError: a cell whose file holds the result of another one, or that is damaged.
+            ValueError: a cell whose file is damaged, or holds the result of another cell or of other settings.
         """
         cells = list(cells)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -44,23 +50,24 @@ class Study:
             line = progress.add_task("", total=len(cells))
             for cell in cells:
                 progress.update(line, description=", ".join(map(str, cell.values())))
-                if self.result(cell) is None:
-                    self._write(cell, measure(**cell))
+                with suppress(Timeout), self._claimed(cell):
+                    if self.result(cell) is None:
+                        self._write(cell, measure(**cell))
                 progress.advance(line)
         return [result for cell in cells if (result := self.result(cell)) is not None]
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
-        """What is known of a cell: its keys and what was measured."""
+        """What is known of a cell: its keys, the settings and what was measured."""
         path = self.path(cell)
         if not path.exists():
             return None
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            same = all(found[name] == value for name, value in cell.items())
+            other = {name: found[name] for name, value in {**cell, **self.settings}.items() if found[name] != value}
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error!r}): delete it, and its cell is run again") from error
-        if not same:
-            raise ValueError(f"{path} is the result of another cell than {dict(cell)}: take another folder")
+        if other:
+            raise ValueError(f"{path} is the result of another run, with {other}: take another folder")
         return found
 
     def path(self, cell: Cell) -> Path:
@@ -68,10 +75,15 @@ class Study:
         words = [f"{name}{value}" if isinstance(value, int | float) else str(value) for name, value in cell.items()]
         return self.folder / (re.sub(r"[^\w.+,:=-]+", "-", "_".join(words)).strip("-") + ".json")
 
+    def _claimed(self, cell: Cell) -> FileLock:
+        """Held by the process that runs a cell, and given up when that ends, however it does."""
+        locks = self.folder / ".running"
+        locks.mkdir(parents=True, exist_ok=True)
+        return FileLock(locks / f"{self.path(cell).stem}.lock", blocking=False)
+
     def _write(self, cell: Cell, measured: Mapping[str, Any]) -> None:
         path = self.path(cell)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**cell, **measured}, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps({**cell, **self.settings, **measured}, indent=1, ensure_ascii=False) + "\n"
         with tempfile.TemporaryDirectory(prefix=".cell.", dir=self.folder) as scratch:
             Path(scratch, path.name).write_text(text, encoding="utf-8")
             os.replace(Path(scratch, path.name), path)
