@@ -11,6 +11,7 @@ import random
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -144,7 +145,7 @@ def encode_preferences(
     """Pairs of rows for the loss `bradley_terry`: each prompt with the answer that was chosen, and with the other one.
 
     A pair is one item of a dataset, which `Collator` puts into one batch. The target of its rows is k and -k, with k
-    counted from 1; there are no labels, so that a head at `l1` reads the last token of the answer.
+    counted from 1.0; there are no labels, so that a head at `l1` reads the last token of the answer.
 
     Args:
         prompts: texts, or conversations for the tokenizer's chat template.
@@ -167,7 +168,7 @@ def encode_preferences(
             turns = [[*p, {"role": "assistant", "content": a}] for p, a in zip(prompts, answers, strict=True)]
             encoded = encode_chat(tokenizer, turns, max_length=max_length)  # type: ignore[arg-type]
         return [
-            {"input_ids": row["input_ids"], "attention_mask": row["attention_mask"], target: sign * k}
+            {"input_ids": row["input_ids"], "attention_mask": row["attention_mask"], target: float(sign * k)}
             for k, row in enumerate(encoded, 1)
         ]
 
@@ -196,8 +197,10 @@ def mix(
         seed: of the order, and of the choice of rows.
 
     Raises:
-        ValueError: no tasks, a task without rows, weights that are not positive or not those of the tasks.
+        ValueError: no tasks, a task without rows, weights that are not positive or not those of the tasks, pairs.
     """
+    if any(not isinstance(row, Mapping) for rows in tasks.values() for row in rows):
+        raise ValueError("mix takes rows, not pairs of rows: train a task of preferences alone")
     if not tasks or not all(len(rows) for rows in tasks.values()):
         raise ValueError(f"give at least one task, and rows for each: got { ({t: len(r) for t, r in tasks.items()}) }")
     if temperature <= 0:
@@ -206,7 +209,8 @@ def mix(
     if weights.keys() != tasks.keys() or not all(weight > 0 for weight in weights.values()):
         raise ValueError(f"weights must give a positive number to each of {', '.join(tasks)}, got {dict(weights)}")
     length = sum(map(len, tasks.values())) if length is None else length
-    ends = [round(length * sum(list(weights.values())[: i + 1]) / sum(weights.values())) for i in range(len(tasks))]
+    shares = list(accumulate(weights[task] for task in tasks))
+    ends = [round(length * share / shares[-1]) for share in shares]
     order = random.Random(seed)
     chosen: list[Row] = []
     for rows, end in zip(tasks.values(), ends, strict=True):
@@ -219,36 +223,44 @@ def mix(
 def complete(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows with all columns that any of them has; what a row lacks, or has as `None`, is no target there.
 
-    That is -100, or NaN among floats, in the shape that the column has in other rows. Masks that are missing say that
-    all tokens are real, and the whole row prompt.
+    That is -100, or NaN if any of the column's numbers is a float, in the shape that it has in other rows. Masks that
+    are missing say that all tokens are real, and prompt up to the first label.
 
     Raises:
         ValueError: a column of the input, such as `token_type_ids`, that only some rows have.
     """
-    patterns: dict[str, Row] = {}
+    columns: dict[str, list[tuple[Any, int]]] = {}  # every value with its row's number of tokens
     for row in rows:
-        patterns |= {name: row for name, value in row.items() if value is not None and name not in patterns}
-    if all(row.get(name) is not None for row in rows for name in patterns):
-        return [{name: row[name] for name in patterns} for row in rows]
+        for name, value in row.items():
+            if value is not None:
+                columns.setdefault(name, []).append((value, len(row["input_ids"])))
+    if all(len(given) == len(rows) for given in columns.values()):
+        return [{name: row[name] for name in columns} for row in rows]
     return [
-        {name: row[name] if row.get(name) is not None else _missing(name, row, of) for name, of in patterns.items()}
+        {name: _missing(name, row, given) if row.get(name) is None else row[name] for name, given in columns.items()}
         for row in rows
     ]
 
 
-def _missing(name: str, row: Row, other: Row) -> Any:
-    """What stands for no target in a row, by the target of another one."""
+def _missing(name: str, row: Row, others: Sequence[tuple[Any, int]]) -> Any:
+    """What stands for no target in a row, by the values that other rows have, with their numbers of tokens."""
     length = len(row["input_ids"])
+    if name == "prompt_mask" and row.get("labels") is not None:
+        answer = next((i for i, label in enumerate(row["labels"]) if label != IGNORE), length)
+        return [1] * answer + [0] * (length - answer)
     if name in ("attention_mask", "prompt_mask"):
         return [1] * length
     if name in _INPUTS:
         raise ValueError(f"some rows have {name!r} and some do not: give it to all of them, or to none")
-    value = torch.as_tensor(other[name])
-    none = float("nan") if value.is_floating_point() else IGNORE
-    if value.ndim == 0:
+    value, _ = others[0]
+    if isinstance(value, str):
+        return None
+    none: float = float("nan") if any(torch.as_tensor(v).is_floating_point() for v, _ in others) else IGNORE
+    shape = list(torch.as_tensor(value).shape)
+    if not shape:
         return none
-    shape = [length if value.shape[0] == len(other["input_ids"]) else value.shape[0], *value.shape[1:]]
-    return torch.full(shape, none).tolist()
+    by_token = all(len(v) == tokens for v, tokens in others)
+    return torch.full([length if by_token else shape[0], *shape[1:]], none).tolist()
 
 
 def flat(rows: Iterable[Any]) -> list[Any]:

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ WEIGHTS = "head.safetensors"
 DESCRIPTION = "head.json"
 
 # torch's own modules for names under which transformers has modules of its own
+_TANH_GELU = partial(nn.GELU, "tanh")
 _TORCH = {
-    "gelu": nn.GELU(), "gelu_python": nn.GELU(), "gelu_new": nn.GELU("tanh"), "gelu_fast": nn.GELU("tanh"),
-    "gelu_accurate": nn.GELU("tanh"), "gelu_pytorch_tanh": nn.GELU("tanh"), "gelu_python_tanh": nn.GELU("tanh"),
-    "silu": nn.SiLU(), "linear": nn.Identity(), "softmax": nn.Softmax(-1),
+    "gelu": nn.GELU, "gelu_python": nn.GELU, "gelu_new": _TANH_GELU, "gelu_fast": _TANH_GELU,
+    "gelu_accurate": _TANH_GELU, "gelu_pytorch_tanh": _TANH_GELU, "gelu_python_tanh": _TANH_GELU,
+    "silu": nn.SiLU, "linear": nn.Identity, "softmax": partial(nn.Softmax, -1),
 }  # fmt: skip
 
 
@@ -80,7 +82,7 @@ def head_maps(model: InterventionModel, name: str) -> tuple[PlannedNode, list[nn
 
 
 def _activation(name: str) -> nn.Module:
-    module = _TORCH.get(name) or ACT2FN[name]
+    module = _TORCH[name]() if name in _TORCH else ACT2FN[name]
     if not type(module).__module__.startswith("torch.") or list(module.parameters()):
         raise ValueError(f"torch has no module for the activation {name!r}: a head with it cannot be exported")
     return module

@@ -81,8 +81,12 @@ class MappingHead(Head):
             raise ValueError("cross_entropy over one class is always 0: use loss='mse', loss='bce' or more outputs")
         if self.activation is not None:
             _activation(self.activation)
-        if self.weight != "uncertainty" and not isinstance(self.weight, int | float):
-            raise ValueError(f"weight must be a number or 'uncertainty', got {self.weight!r}")
+        if self.weight != "uncertainty" and not (type(self.weight) in (int, float) and 0 <= self.weight < math.inf):  # type: ignore[operator]
+            raise ValueError(f"weight must be a number of 0 or more, or 'uncertainty', got {self.weight!r}")
+        if self.weight == "uncertainty" and self.loss == "gaussian_nll":
+            raise ValueError(
+                "gaussian_nll learns a variance of its own, and has no lower bound: give it a fixed weight"
+            )
         if self.pool not in (None, "mean", "attention"):
             raise ValueError(f"pool must be 'mean', 'attention' or None, got {self.pool!r}")
         if self.pool is not None and self.shift:
@@ -190,11 +194,11 @@ class MappingHead(Head):
             prediction = self.shown(prediction)
         return masked_mean(self.criterion, prediction, target, valid, self.ignore_index, self.class_weights)
 
-    def weighted(self, loss: Tensor, p: Params) -> Tensor:
+    def weighted(self, loss: Tensor, count: Tensor, p: Params) -> Tensor:
         if self.weight != "uncertainty":
             return self.weight * loss
         s, factor = p["s"], 0.5 if self.kind == "numbers" else 1
-        return torch.where(loss == 0, 0, factor * loss * (-s).exp() + s / 2)
+        return torch.where(count > 0, factor * loss * (-s).exp() + s / 2, 0)
 
     def given(self, target: Tensor) -> Tensor:
         return self.criterion.given(target, self.ignore_index)

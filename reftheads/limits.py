@@ -53,6 +53,8 @@ class Limits:
         """Why nothing can be reused, in the state that the model is in; `None` if something can."""
         if self.layer.disable_adapters:
             return "adapters are disabled"
+        if any("labels" in plan.targets for plan in self.layer.plans.values()):
+            return "a head has the target 'labels', as the model itself has: copy it to a column of another name"
         one = next(iter(self._own.values()), None)
         if one is not None and (one.is_meta or hasattr(one, "ds_id") or isinstance(one, DTensor)):
             return "the weights of the base model are spread over processes or kept elsewhere"

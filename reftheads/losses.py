@@ -53,9 +53,11 @@ class Loss:
         return self.items(prediction, target)
 
     def given(self, target: Shaped[Tensor, "*items"], ignore: int = IGNORE) -> Bool[Tensor, "*items"]:
-        """Where there is a target: no NaN, and not `ignore` if it is an integer or cannot be that number."""
+        """Where there is a target: no NaN, no pair 0, and not `ignore` if it is an integer or cannot be that number."""
         given = ~target.isnan() if target.is_floating_point() else torch.ones_like(target, dtype=torch.bool)
-        if self.kind in ("classes", "probabilities") or (self.kind != "pairs" and not target.is_floating_point()):
+        if self.kind == "pairs":
+            return given & (target != 0)
+        if self.kind in ("classes", "probabilities") or not target.is_floating_point():
             given = given & (target != ignore)
         return given
 

@@ -21,7 +21,7 @@ from reftheads.positions import Positions
 from reftheads.sites import Side, Site, Stack
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Shaped
+    from jaxtyping import Bool, Float, Int, Shaped
 
 Params = Mapping[str, Tensor]
 
@@ -128,7 +128,7 @@ class Head(Reader):
     """A reader with a loss: its output is a prediction of a target column of the batch."""
 
     target: str | None
-    weight: Any = 1.0  # of its loss in the total
+    weight: float | str = 1.0  # of its loss in the total
     kind: str | None = None  # what its targets are, see `Loss`; heads with one target need one kind
     target_width: int | None = None  # how many numbers a target is; `None`: one, without a dimension of its own
     shift: bool = False  # whether a token's target is that of the next column
@@ -142,8 +142,9 @@ class Head(Reader):
     ) -> Float[Tensor, ""]:
         """The mean loss over slots that are valid and have a target."""
 
-    def weighted(self, loss: Float[Tensor, ""], p: Params) -> Float[Tensor, ""]:
-        """What its loss adds to the total."""
+    def weighted(self, loss: Float[Tensor, ""], count: Int[Tensor, ""], p: Params) -> Float[Tensor, ""]:
+        """What its loss, a mean over so many targets, adds to the total."""
+        assert not isinstance(self.weight, str)
         return self.weight * loss
 
     def check(

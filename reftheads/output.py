@@ -69,7 +69,7 @@ def extend(
         predictions[name] = reading.shown
         if head.target in targets:
             losses[name], counts[name] = _loss(name, head, reading, targets[head.target])
-            weighted = head.weighted(losses[name], reading.p)
+            weighted = head.weighted(losses[name], counts[name], reading.p)
             total = weighted if total is None else total + weighted
     values = {f.name: getattr(output, f.name) for f in fields(output)}  # type: ignore[arg-type]
     loss = values.get("loss")

@@ -1,5 +1,6 @@
 """Compiling: a graph and a model give a plan, in which every node knows its module, widths and turn."""
 
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -88,12 +89,13 @@ def compile_graph(graph: InterventionGraph, model: nn.Module) -> Plan:
     """Finds every node's place in `model` and checks that the graph can run there.
 
     Raises:
-        ValueError: an address that the model does not have, a node that needs a linear module where
-            there is none, a module outside of the stacks of blocks, shared parameters at sites of different
-            widths, a source that does not run before its reader.
+        ValueError: an address that the model does not have, a target that is an input of it, a node that needs a
+            linear module where there is none, a module outside of the stacks of blocks, shared parameters at sites of
+            different widths, a source that does not run before its reader.
     """
     planned = tuple(_place(node, model) for node in graph)
     plan = Plan(graph, planned, stacks(model))
+    _check_targets(plan, model)
     owners = plan.owners()
     for one in planned:
         path = one.address.module
@@ -131,6 +133,16 @@ def _place(node: Node, model: nn.Module) -> PlannedNode:
             f"only positions 'all' have a meaning there, got {str(node.positions)!r}"
         )
     return PlannedNode(node, address, Shape(address.width, input_width if node.intervention.needs_linear else None))
+
+
+def _check_targets(plan: Plan, model: nn.Module) -> None:
+    inputs = inspect.signature(model.forward).parameters.keys() | {"prompt_mask"}
+    taken = next((name for name in plan.targets if name in inputs and name != "labels"), None)
+    if taken is not None:
+        raise ValueError(
+            f"the target {taken!r} of a head is an input of the model, which would miss it: copy it to a column of "
+            "another name, with -100 on padding"
+        )
 
 
 def _check_order(plan: Plan, source: PlannedNode, reader: PlannedNode) -> None:

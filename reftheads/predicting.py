@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -36,31 +37,50 @@ def predict(
     row.
 
     Args:
-        rows: as for training, targets left out or not; or texts.
+        rows: as for training, without targets; what the model does not take is left alone. Or texts.
 
     Raises:
-        ValueError: no rows.
+        ValueError: no rows, a batch size below 1, or no head that acts.
     """
-    if not rows:
-        raise ValueError("no rows to predict: give at least one text, or a row with its input_ids")
-    encoded = [dict(tokenizer(row)) if isinstance(row, str) else row for row in rows]
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]["input_ids"]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    collate = Collator(tokenizer)
+    if not rows or batch_size < 1:
+        raise ValueError(f"give at least one text, or row with its input_ids, got {len(rows)}, batch_size={batch_size}")
+    taken = {*inspect.signature(model.get_base_model().forward).parameters, "prompt_mask"}
+    encoded = [
+        {name: value for name, value in (tokenizer(row) if isinstance(row, str) else row).items() if name in taken}
+        for row in rows
+    ]
     found: dict[str, list[Tensor]] = {}
     single: dict[str, bool] = {}
-    console = Console(stderr=True)
     with torch.no_grad(), evaluating(model), reusing_where_possible(model):
-        for some in track(batches, "predicting", console=console, transient=True, disable=not console.is_terminal):
-            batch = {name: value.to(model.device) for name, value in collate([encoded[i] for i in some]).items()}
+        for some, batch in batches(encoded, tokenizer, batch_size, model.device, "predicting"):
             out = model(**batch)
             for name, value in (out.get("predictions") or {}).items():
                 single[name] = value.ndim == 2
-                valid = out.selected[name]
                 per_row = found.setdefault(name, [torch.empty(0)] * len(rows))
-                for i, own, real in zip(some, value.cpu(), valid.cpu(), strict=True):
+                for i, own, real in zip(some, value.cpu(), out.selected[name].cpu(), strict=True):
                     per_row[i] = own.masked_fill(~real, float("nan")) if single[name] else own[real]
+    if not found:
+        raise ValueError(
+            "no head acts: add a node such as rh.Node(rh.LinearHead(2), layer=-1), or switch its adapter on"
+        )
     return {name: torch.stack(per_row) if single[name] else per_row for name, per_row in found.items()}
+
+
+def batches(
+    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, size: int, device: torch.device, what: str
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Rows of like length together, the longest first, with their numbers; `what` names the progress bar."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    collate = Collator(tokenizer)
+    for start in tracked(range(0, len(order), size), what):
+        some = order[start : start + size]
+        yield some, {name: value.to(device) for name, value in collate([rows[i] for i in some]).items()}
+
+
+def tracked(steps: Sequence[Any], what: str) -> Iterable[Any]:
+    """The steps, with a progress bar where somebody looks on."""
+    console = Console(stderr=True)
+    return track(steps, what, console=console, transient=True, disable=not console.is_terminal)
 
 
 def reusing_where_possible(model: InterventionModel, store: ActivationStore | None = None) -> AbstractContextManager:

@@ -178,9 +178,10 @@ class _SweepTrainer(InterventionTrainer):
         losses = {}
         for name in names:
             heads = [
-                node.intervention.weighted(out.losses[key], self.model.node(str(node.name), name).stored()) / scale
+                head.weighted(out.losses[key], out.counts[key], self.model.node(str(node.name), name).stored()) / scale
                 for node in self.model.plan(name).graph
-                if isinstance(node.intervention, Head) and (key := f"{name}/{node.name}") in (out.get("losses") or {})
+                if isinstance(head := node.intervention, Head)
+                and (key := f"{name}/{node.name}") in (out.get("losses") or {})
             ]
             own = [] if out.get("adapter_loss") is None else [out.adapter_loss[name]]
             losses[name] = torch.stack([*own, *heads]).sum()

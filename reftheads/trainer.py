@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import reduce
 from typing import Any, Literal
 
 import numpy as np
@@ -34,8 +35,9 @@ class InterventionTrainer(Trainer):
     """`transformers.Trainer` with what an `InterventionModel` needs besides.
 
     * Batches are padded by `Collator`, and keep `prompt_mask` and the heads' target columns.
-    * The losses of heads are means, and stay so under gradient accumulation; each is logged as `loss_<name>`, and
-      `evaluate` gives each as `eval_loss_<name>`, a mean over batches as `eval_loss` is.
+    * The loss of a head is a mean over the targets of a batch, and under gradient accumulation and on several devices
+      the mean of these means; each is logged as `loss_<name>`, and `evaluate` gives each as `eval_loss_<name>`, both
+      means over all targets.
     * `predict_with_generate` feeds the prompts alone and compares what is generated from them.
     * A node with a learning rate of its own, such as `LinearHead(…, lr=1e-3)`, gets a parameter group of its own.
     * Checkpoints hold the base model's weights too, in a folder `base`, if any of them is trained.
@@ -154,7 +156,8 @@ class InterventionTrainer(Trainer):
     def _load_base(self, checkpoint: str) -> None:
         folder, base = os.path.join(checkpoint, _BASE), self.model.get_base_model()
         if os.path.isdir(folder):
-            saved: Any = type(base).from_pretrained(folder, dtype=base.dtype)  # type: ignore[attr-defined]
+            widest = reduce(torch.promote_types, {p.dtype for p in base.parameters() if p.is_floating_point()})
+            saved: Any = type(base).from_pretrained(folder, dtype=widest)  # type: ignore[attr-defined]
             base.load_state_dict(saved.state_dict(), strict=False)  # which lacks the graph
 
     def compute_loss(
@@ -171,8 +174,10 @@ class InterventionTrainer(Trainer):
         (self._trained if model.training else self._evaluated).add(outputs)  # type: ignore[arg-type]
         heads: Tensor | None = outputs.get("head_loss")  # type: ignore[union-attr]
         if heads is not None and num_items_in_batch is not None and self.model_accepts_loss_kwargs and model.training:
-            # the base model divides its loss by the items of all accumulated batches; the heads' are means of one
-            loss = loss - heads * (1 - 1 / self.current_gradient_accumulation_steps)
+            # the base model's loss is divided by the items of all batches and devices; the heads' are means of one
+            devices = self.args.n_gpu if self.args.n_gpu > 1 else self.accelerator.num_processes // self.get_tp_size()
+            scale = devices if self.args.average_tokens_across_devices else 1
+            loss = loss - heads * (scale - 1 / self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reftheads as rh
-from reftheads.data import prompts_only
+from reftheads.data import complete, prompts_only
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"
@@ -210,3 +210,31 @@ def test_conversations_make_pairs_too_and_numbers_that_differ_are_an_error(token
     assert chosen["input_ids"][:-2] == rejected["input_ids"][:-2] and chosen["input_ids"] != rejected["input_ids"]
     with pytest.raises(ValueError, match="got 1 prompts, 2 and 1 answers"):
         rh.encode_preferences(tokenizer, ["a"], ["b", "c"], ["d"])
+
+
+def test_shares_belong_to_tasks_in_whatever_order_they_are_given():
+    tasks = {"a": [{"input_ids": [3]}] * 10, "b": [{"input_ids": [4]}] * 10}
+    rows = rh.mix(tasks, {"b": 1, "a": 3}, length=100)
+    assert sum(row["input_ids"] == [3] for row in rows) == 75
+
+
+def test_a_number_is_missing_as_nan_if_any_of_its_column_is_a_float(tokenizer):
+    rows = [{"input_ids": [3], "score": 5}, {"input_ids": [3], "score": 4.5}, {"input_ids": [3]}]
+    assert rh.Collator(tokenizer)(rows)["score"].isnan().tolist() == [False, False, True]
+
+
+def test_what_rows_lack_does_not_hang_on_lengths_that_happen_to_agree(tokenizer):
+    rows = [{"input_ids": [3, 4, 5], "tags": [1, 0, 1]}, {"input_ids": [3] * 5, "tags": [0, 1, 1]}, {"input_ids": [3]}]
+    assert rh.Collator(tokenizer)(rows)["tags"].tolist()[2] == [-100] * 3
+
+
+def test_a_prompt_ends_at_the_first_label_where_no_mask_says_so(tokenizer):
+    chat = rh.encode_pairs(tokenizer, ["a b"], ["c"])[0]
+    other = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}
+    assert rh.Collator(tokenizer)([chat, other])["prompt_mask"][1].tolist() == [1, 0, 0, 0]
+
+
+def test_texts_that_only_some_rows_have_are_left_alone_and_pairs_are_not_mixed(tokenizer):
+    assert complete([{"input_ids": [3], "source": "web"}, {"input_ids": [4]}])[1] == {"input_ids": [4], "source": None}
+    with pytest.raises(ValueError, match="takes rows, not pairs of rows"):
+        rh.mix({"a": rh.encode_preferences(tokenizer, ["a"], ["b"], ["c"])})

@@ -304,6 +304,26 @@ def test_a_head_with_the_weights_of_the_old_one_has_the_language_models_own_loss
             torch.testing.assert_close(model(ids, next=labels).losses["lm"], expected, atol=1e-6, rtol=0)
 
 
+def test_a_head_may_share_the_weight_of_the_old_one(tmp_path):
+    base, ids = tiny_llama(), random_ids()
+    node = rh.Node(
+        rh.LinearHead(VOCAB, target="next", bias=False, shift=True), component="final_norm_output", name="lm"
+    )
+    model = rh.InterventionModel(base, rh.InterventionGraph(node)).eval()
+    model.node("lm").W = base.lm_head.weight
+    assert not any(p.requires_grad for p in model.parameters())
+    base.lm_head.weight.requires_grad = True
+    model(ids, next=ids).loss.backward()
+    tied = base.lm_head.weight.grad
+    assert torch.equal(model(ids).predictions["lm"], model(ids).logits) and tied.abs().sum() > 0
+    with torch.no_grad():
+        base.lm_head.weight -= tied
+    assert torch.equal(model(ids).predictions["lm"], model(ids).logits)
+    model.save_pretrained(tmp_path)
+    loaded = rh.InterventionModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    torch.testing.assert_close(loaded(ids).predictions["lm"], model(ids).predictions["lm"])
+
+
 def test_a_head_that_is_not_trained_is_saved(tmp_path):
     model = with_head(rh.LinearHead(3, pool="attention", trainable=False))
     assert not list(model.node("head").parameters())
@@ -433,6 +453,26 @@ def test_uncertainty_learns_nothing_from_a_batch_without_targets():
     assert model.node("head").s.grad == 0
 
 
-def test_a_weight_that_is_no_number_is_an_error():
-    with pytest.raises(ValueError, match="weight must be a number or 'uncertainty', got 'learnt'"):
-        rh.LinearHead(2, weight="learnt")
+@pytest.mark.parametrize("weight", [-1, NAN, math.inf, True, "learnt"])
+def test_weights_that_cannot_be_are_errors(weight):
+    with pytest.raises(ValueError, match="weight must be a number of 0 or more, or 'uncertainty'"):
+        rh.LinearHead(2, weight=weight)
+
+
+def test_a_likelihood_without_a_lower_bound_has_no_weight_that_is_learnt():
+    with pytest.raises(ValueError, match="gaussian_nll learns a variance"):
+        rh.LinearHead(2, loss="gaussian_nll", weight="uncertainty")
+
+
+@pytest.mark.parametrize("target", ["input_ids", "attention_mask", "prompt_mask"])
+def test_a_target_that_is_an_input_of_the_model_is_refused(target):
+    with pytest.raises(ValueError, match=f"the target '{target}' of a head is an input of the model"):
+        with_head(rh.LinearHead(2, target=target))
+
+
+def test_a_head_that_takes_the_labels_has_them_alone_while_activations_are_reused():
+    model = with_head(rh.LinearHead(2, target="labels"))
+    batch = {"input_ids": random_ids(), "labels": torch.tensor([1, 0])}
+    expected = model(**batch).loss
+    with model.reusing():
+        torch.testing.assert_close(model(**batch).loss, expected)

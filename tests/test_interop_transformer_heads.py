@@ -250,7 +250,6 @@ def test_losses_of_our_own_can_be_named():
         ({"in_size": 768}, "in_size is 768, but this LlamaForCausalLM has width 16"),
         ({"num_layers": 2}, "num_layers of 2 or more and its hidden_size, got num_layers=2 and hidden_size=0"),
         ({"num_layers": 0, "hidden_size": 8}, "got num_layers=0"),
-        ({"target": "input_ids"}, "target 'input_ids' is an input of the model"),
         ({"name": "lm_head"}, "take out.logits"),
         ({"name": "a.b"}, "cannot be used"),
     ],

@@ -52,5 +52,5 @@ def test_texts_are_rows_and_models_of_two_stacks_predict_too(tokenizer):
 
 
 def test_no_rows_are_an_error(tokenizer):
-    with pytest.raises(ValueError, match="no rows to predict"):
+    with pytest.raises(ValueError, match="give at least one text, or row"):
         rh.predict(made(tiny_llama(), rh.Node(rh.LinearHead(2), 1, positions="l1")), tokenizer, [])

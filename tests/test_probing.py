@@ -353,14 +353,16 @@ def test_labels_of_which_some_are_missing_count_where_they_are_given():
     model = model_of(*nodes(head, [0]))
     probe = rh.fit_probes(model, rows, TOKENIZER, eval_rows=rows, lr=1e-2, seeds=(0,), epochs=5)["probe_0"]
     guess = rh.predict(model, TOKENIZER, rows)["probe_0"] > 0
-    pairs = [
-        (bool(g), y > 0.5)
-        for own, row in zip(guess, rows, strict=True)
-        for g, y in zip(own, row["label"], strict=True)
-        if y == y
+    right = [
+        [
+            bool(own[j]) == (y > 0.5)
+            for own, row in zip(guess, rows, strict=True)
+            if not math.isnan(y := row["label"][j])
+        ]
+        for j in range(2)
     ]
-    assert len(pairs) == 120
-    assert probe.score.mean == pytest.approx(sum(g == y for g, y in pairs) / 120)
+    assert [len(of_label) for of_label in right] == [80, 40]
+    assert probe.score.mean == pytest.approx(sum(sum(of_label) / len(of_label) for of_label in right) / 2)
 
 
 def test_the_interval_is_students():
@@ -516,3 +518,26 @@ def test_the_recipe_prints_its_table_and_writes_figures_a_plot_and_an_adapter(tm
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"probes.json", "probes.png", "adapter"}
     base, _ = rh.load_base("tiny-chat")
     rh.InterventionModel.from_pretrained(base.model, tmp_path / "out" / "adapter")
+
+
+def test_several_numbers_are_judged_one_by_one():
+    head = rh.LinearHead(2, target="y", loss="mse_of_each")
+    rng = np.random.RandomState(0)
+    rows = rows_of(y=lambda i, ids: [float(rng.randn()), 100 + float(rng.randn())])
+    found = rh.fit_probes(model_of(*nodes(head, [1])), rows, TOKENIZER, seeds=(0,), epochs=5)["probe_1"]
+    assert found.score.mean < 0.5 and abs(found.second["pearson"].mean) < 0.9  # noise around means that differ
+
+
+def test_a_probe_needs_a_row_to_train_on():
+    rows = rows_of(label=lambda i, ids: None)
+    with pytest.raises(ValueError, match="no row to train on has a target 'label'"):
+        rh.fit_probes(model_of(*nodes(HEAD, [1])), rows, TOKENIZER, eval_rows=rows_of(6, label=is_last_big))
+
+
+def test_a_frozen_head_of_the_same_target_is_left_alone():
+    frozen = rh.Node(rh.LinearHead(2, target="label", trainable=False), 0, positions="l1", name="frozen")
+    model = model_of(frozen, *nodes(HEAD, [1]))
+    before = weights(model, "frozen")
+    rh.fit_probes(model, rows_of(label=is_last_big), TOKENIZER, **QUICK)
+    assert all(torch.equal(v, before["frozen"][k]) for k, v in model.node("frozen").stored().items())
+    assert model.node("frozen").intervention.target == "label"

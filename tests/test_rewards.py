@@ -54,3 +54,13 @@ def test_training_tells_chosen_answers_that_it_has_not_seen_from_rejected_ones(t
     )  # fmt: skip
     rh.InterventionTrainer(model, args, train_dataset=train, processing_class=tokenizer, reuse=reuse).train()
     assert right() > max(0.9, before + 0.15), before
+
+
+def test_rows_of_other_tasks_are_no_answers_of_a_pair(tokenizer):
+    model = judge(tokenizer, dtype="float64").double().eval()
+    [pair] = rh.encode_preferences(tokenizer, ["a"], ["b"], ["c"])
+    other = {"input_ids": [3, 4, 5]}
+    hundredth = [row | {"preference": 100 * row["preference"]} for row in pair]
+    alone, beside = (model(**rh.Collator(tokenizer)(rows)) for rows in ([hundredth], [hundredth, other, other]))
+    torch.testing.assert_close(beside.loss, alone.loss)
+    assert int(beside.counts["r"]) == int(alone.counts["r"]) == 2

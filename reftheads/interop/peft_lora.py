@@ -156,9 +156,14 @@ def merged(model: InterventionModel, adapter: str | None = None) -> Iterator[Int
     W + α/r · B A is rounded once, from float64. Afterwards the weights are as they were, bit for bit.
 
     Raises:
-        ValueError: a node that cannot be merged, as in `to_peft_lora`, or a base model that is quantised.
+        ValueError: a node that cannot be merged, as in `to_peft_lora`, several adapters that act, or a base model
+            that is quantised.
     """
     layers = _layers(model, adapter)
+    if len(model.tuner.active_adapters) > 1:
+        raise ValueError(
+            f"several adapters act, {', '.join(model.tuner.active_adapters)}: leave one by set_adapter(name)"
+        )
     weights = {path: model.tuner.model.get_submodule(path).weight for path in layers}
     if not all(weight.is_floating_point() for weight in weights.values()):
         raise ValueError("the base model is quantised, so that nothing can be merged into its weights exactly")

@@ -123,7 +123,8 @@ def _new(base: Any, head: MappingHead) -> Any:
     config.num_labels = head.outputs
     config.problem_type = _PROBLEM.get(head.loss)
     try:
-        made = AutoModelForSequenceClassification.from_config(config, dtype=base.dtype)
+        with torch.random.fork_rng():  # all that is drawn is replaced
+            made = AutoModelForSequenceClassification.from_config(config, dtype=base.dtype)
     except ValueError as error:
         raise ValueError(
             f"transformers has no sequence-classification model for {type(base).__name__} ({config.model_type}): save "

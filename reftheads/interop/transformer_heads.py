@@ -10,7 +10,6 @@ several numbers.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -126,11 +125,6 @@ def _node(config: HeadConfig, base: nn.Module) -> Node:
     width = locate(base, site).width
     if config.in_size != width:
         raise ValueError(f"in_size is {config.in_size}, but this {type(base).__name__} has width {width}")
-    if config.target != "labels" and config.target in inspect.signature(base.forward).parameters:
-        raise ValueError(
-            f"the target {config.target!r} is an input of the model, which would miss it: copy it to a column of "
-            "another name, with -100 on padding"
-        )
     if not config.ignore_pads and not config.is_causal_lm:
         warnings.warn(
             f"head {config.name!r} has ignore_pads=False, but here padding never counts: a row's prediction is at its "

@@ -2,7 +2,7 @@
 
 1. The rows go through the model once; what every head sees is kept (`recording`, with their `targets`).
 2. Heads of one shape are stacked, with their seeds and control tasks (`stacks`), and trained in the same steps or by a
-   solver (`fitting`).
+   solver (`solvers`).
 3. Each is judged on rows that it has not seen (`judging`), the weights of the first seed go into the model, and the
    figures into a table and a plot (`estimates`, `result`, `drawing`).
 """

@@ -11,13 +11,14 @@ from transformers import PreTrainedTokenizerBase
 from reftheads.heads import LinearHead, MappingHead
 from reftheads.model import InterventionModel
 from reftheads.plan import PlannedNode
+from reftheads.predicting import tracked
 from reftheads.probing.estimates import Probe
-from reftheads.probing.fitting import CLOSED, descend, solve
 from reftheads.probing.judging import judge
-from reftheads.probing.recording import record, shown
+from reftheads.probing.recording import record
 from reftheads.probing.result import Probes
-from reftheads.probing.stacks import stacks_of
-from reftheads.probing.targets import Column, parts_of
+from reftheads.probing.solvers import CLOSED, descend, solve
+from reftheads.probing.stacks import Weights, stacks_of
+from reftheads.probing.targets import TRAIN, Column, parts_of
 from reftheads.store import ActivationStore
 
 
@@ -94,15 +95,21 @@ def fit_probes(
     recorded = time.perf_counter()
     stacks = list(stacks_of(seen, columns, every, control, seeds, batch_size))
     probes: dict[str, Probe] = {}
-    for stack in shown(stacks, "training probes"):
+    trained: dict[str, Weights] = {}
+    for stack in tracked(stacks, "training probes"):
         part = parts[:, stack.rows.cpu()].to(stack.x.device)
+        if not bool((part == TRAIN).any(1).all()):
+            raise ValueError(
+                f"no row to train on has a target {stack.head.target!r}: fill the column, or give more rows"
+            )
         if method == "closed":
             weights, kept = solve(stack, part, strength)
         else:
             weights, kept = descend(stack, part, seeds, lr, weight_decay, epochs, patience, batch_size)
         probes |= judge(stack, part, weights, kept)
-        for name, own in stack.first(weights).items():
-            model.node(name).assign(**own)
+        trained |= stack.first(weights)
+    for name, own in trained.items():
+        model.node(name).assign(**own)
     order = [probes[str(p.node.name)] for p in planned]
     return Probes(tuple(order), recorded - began, time.perf_counter() - recorded)
 

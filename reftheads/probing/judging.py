@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,20 +46,32 @@ def judge(stack: Stack, part: Int[Tensor, "seeds N"], weights: Params, epochs: I
 
 
 def _scores(head: MappingHead, z: Float[Tensor, "items outputs"], y: Shaped[Tensor, "items ..."]) -> dict[str, float]:
-    """What the predictions z are worth, the most important figure first."""
-    from sklearn.metrics import f1_score, r2_score
+    """What the predictions z are worth, the most important figure first; of several numbers or labels, their mean."""
+    from sklearn.metrics import accuracy_score, f1_score, r2_score
 
-    given = head.given(y)
-    if head.kind == "probabilities":
-        truth, guess = y[given] > 0.5, (z.view(y.shape) > 0)[given]
-    elif head.kind == "classes" or (head.kind is None and head.outputs > 1 and not y.is_floating_point()):
-        truth, guess = y, z.argmax(1)
+    classes = head.kind == "classes" or (head.kind is None and head.outputs > 1 and not y.is_floating_point())
+    if classes:
+        pairs = [(y, z.argmax(1))]
+    elif head.kind == "probabilities":
+        pairs = list(zip(y.view(len(y), -1).unbind(1), (z > 0).unbind(1), strict=True))
+    elif y.ndim > 1:
+        pairs = list(zip(y.unbind(1), head.shown(z).unbind(1), strict=True))
     else:
-        z = head.shown(z)
-        z = z if y.ndim > 1 else z[:, head.outputs // 2 if head.loss == "quantile" else 0]  # the median, or the mean
-        truth, guess = y[given].double(), z[given].double()
-        correlation = float(torch.corrcoef(torch.stack([truth, guess]))[0, 1])
-        pearson = correlation if math.isfinite(correlation) else 0.0  # of a constant
-        return {"r2": float(r2_score(truth.numpy(), guess.numpy())), "pearson": pearson}
-    f1 = f1_score(truth.numpy(), guess.numpy(), average="macro")
-    return {"accuracy": float((truth == guess).float().mean()), "macro_f1": float(f1)}
+        pairs = [(y, head.shown(z)[:, head.outputs // 2 if head.loss == "quantile" else 0])]  # the median, or the mean
+    known = [
+        (truth[given].double(), guess[given].double()) for truth, guess in pairs if (given := head.given(truth)).any()
+    ]
+    if classes or head.kind == "probabilities":
+        known = [(truth.round(), guess) for truth, guess in known]
+        metrics = {"accuracy": accuracy_score, "macro_f1": lambda truth, guess: f1_score(truth, guess, average="macro")}
+    else:
+        metrics = {"r2": r2_score, "pearson": _pearson}
+    return {
+        name: sum(float(metric(truth.numpy(), guess.numpy())) for truth, guess in known) / len(known)
+        for name, metric in metrics.items()
+    }
+
+
+def _pearson(truth: np.ndarray, guess: np.ndarray) -> float:
+    constant = np.ptp(truth) == 0 or np.ptp(guess) == 0
+    return 0.0 if constant else float(np.corrcoef(truth, guess)[0, 1])

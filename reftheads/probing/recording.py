@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from reftheads.data import Collator
 from reftheads.heads import MappingHead
 from reftheads.losses import IGNORE
 from reftheads.model import InterventionModel
 from reftheads.modes import evaluating
-from reftheads.nodes import Params
+from reftheads.nodes import NodeModule, Params
 from reftheads.plan import PlannedNode
-from reftheads.predicting import reusing_where_possible
+from reftheads.predicting import batches, reusing_where_possible
 from reftheads.probing.targets import Column
 from reftheads.store import ActivationStore
 
@@ -95,19 +93,10 @@ def record(
         new = keys[-1] not in sites
         eyes.append(_Eye.of(head, sites.setdefault(keys[-1], []) if new else None))
     _check_memory(planned, keys, rows, model)
-    encoded = _inputs(model, rows, columns)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    collate = Collator(tokenizer)
-    try:
-        for module, eye in zip(modules, eyes, strict=True):
-            module.intervention = eye
-        with torch.no_grad(), evaluating(model), reusing_where_possible(model, store):
-            for some in shown(batches, "recording activations"):
-                model(**{name: t.to(model.device) for name, t in collate([encoded[i] for i in some]).items()})
-    finally:
-        for module, head in zip(modules, heads, strict=True):
-            module.intervention = head
+    with torch.no_grad(), evaluating(model), _instead(model, dict(zip(modules, eyes, strict=True))):
+        with reusing_where_possible(model, store):
+            for _, batch in batches(_inputs(model, rows, columns), tokenizer, batch_size, model.device, "recording"):
+                model(**batch)
     numbers = {key: i for i, key in enumerate(sites)}
     every = {key: torch.cat(sites.pop(key)) for key in list(sites)}
     found = []
@@ -122,6 +111,20 @@ def record(
     return found
 
 
+@contextmanager
+def _instead(model: InterventionModel, eyes: Mapping[NodeModule, _Eye]) -> Iterator[None]:
+    """Within, these stand in for their heads, and other heads have no targets."""
+    nodes = [m for m in model.modules() if isinstance(m, NodeModule) and isinstance(m.intervention, MappingHead)]
+    before = {node: node.intervention for node in nodes}
+    try:
+        for node, head in before.items():
+            node.intervention = eyes.get(node) or replace(head, target=None)  # type: ignore[type-var]
+        yield
+    finally:
+        for node, head in before.items():
+            node.intervention = head
+
+
 def _inputs(
     model: InterventionModel, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Column]
 ) -> list[dict[str, Any]]:
@@ -131,7 +134,7 @@ def _inputs(
     encoded = []
     for i, row in enumerate(rows):
         own = {name: value for name, value in row.items() if name in names}
-        if "labels" in own and not model.tuner.layer.seq2seq:
+        if "labels" in own and model.tuner.layer.generative and not model.tuner.layer.seq2seq:
             labels = torch.as_tensor(own.pop("labels")).tolist()  # with labels the whole model would run
             labels = labels if isinstance(labels, list) else []
             end = next((j for j, label in enumerate(labels) if label != IGNORE), len(labels))
@@ -163,8 +166,3 @@ def _check_memory(
             f"{free / 2**30:.3g} GiB are free, of which half may be used: give fewer rows, probe fewer sites at a "
             "time, select fewer tokens by positions=…, or train the heads by InterventionTrainer"
         )
-
-
-def shown(steps: Sequence[Any], what: str) -> Any:
-    console = Console(stderr=True)
-    return track(steps, what, console=console, transient=True, disable=not console.is_terminal)

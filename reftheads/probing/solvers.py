@@ -29,6 +29,8 @@ def descend(
     batch_size: int,
 ) -> tuple[Weights, Int[Tensor, "P M"]]:
     """AdamW on the sum of all losses, which are independent under it; the weights that did best, and their epoch."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     p = stack.begin(seeds)
     rate = lr if stack.head.lr is None else stack.head.lr
     optimiser = torch.optim.AdamW(p.values(), lr=rate, weight_decay=weight_decay, fused=True)
