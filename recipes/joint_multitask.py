@@ -21,6 +21,7 @@ import argparse
 import csv
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -71,6 +72,10 @@ def read_sick(where: str, split: str) -> list[dict]:
         }
         for row, label in zip(rows, labels, strict=True)
     ]
+
+
+def some(rows: list[dict], limit: int | None) -> list[dict]:
+    return rows if limit is None else random.Random(0).sample(rows, min(limit, len(rows)))
 
 
 def encode(tokenizer, rows: list[dict], tasks: list[str]) -> list[dict]:
@@ -228,7 +233,7 @@ def main() -> None:
     readers = {"sst5": (read_sst5, args.sst5, {"grade"}), "sick": (read_sick, args.sick, {"relatedness", "entailment"})}
     data = {
         split: {
-            name: read(where, split)[: args.limit]
+            name: some(read(where, split), args.limit)
             for name, (read, where, targets) in readers.items()
             if targets & set(args.tasks)
         }
