@@ -6,7 +6,8 @@ weights are trained: all, whole blocks, biases, LoRA, LoReFT, or the classifier 
     python recipes/few_shot_finetune.py --task rating --data FOLDER_OR_HUB_ID --models ENCODER --modes all,lora4,probe
     python recipes/few_shot_finetune.py --task qa --data FOLDER --models tiny-chat,gpt2-medium --ks 0,1,8 --seeds 0,1,2
 
-Each cell is a file under OUT/ft/TASK. What is there already is not run again, so that a study can be broken off at any time.
+Each cell is a file under OUT/ft/TASK. What is there already is not run again, so that a study can be broken off at any
+time; a second process with the same command takes other cells.
 """
 
 import argparse
@@ -58,15 +59,15 @@ def encode(tokenizer, task: fs.Task, examples: list[fs.Example], classify: bool,
     return rh.encode_pairs(tokenizer, prompts, [f" {e.answer}" for e in examples], max_length=max_length)
 
 
-def answers_of(model, tokenizer, task: fs.Task, prompts: list[str], batch: int) -> list[str]:
-    """The label of each prompt that is likeliest; without labels the text that follows it."""
+def answers_of(model, tokenizer, task: fs.Task, prompts: list[str], batch: int, last: int = 0) -> list[str]:
+    """The likeliest label of each prompt; without labels the text that follows its last tokens (0: all of them)."""
     if task.labels:
         scores = fs.score_labels(model, tokenizer, prompts, task.labels, normalise=True, batch_size=batch)
         return [task.labels[i] for i in scores.argmax(1).tolist()]
     stop = [tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]]
     found = []
     for at in range(0, len(prompts), batch):
-        rows = [fs.encode_prompt(tokenizer, prompt) for prompt in prompts[at : at + batch]]
+        rows = [fs.encode_prompt(tokenizer, prompt)[-last:] for prompt in prompts[at : at + batch]]
         found += fs.greedy_sample(model, rows, stop, task.max_tokens)
     texts = [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
     return [text.split(".")[0] for text in texts] if task.format == "qa" else texts
@@ -75,9 +76,10 @@ def answers_of(model, tokenizer, task: fs.Task, prompts: list[str], batch: int) 
 def build(args: argparse.Namespace, task: fs.Task, model: str, mode: str):
     """The model of a mode, its tokenizer, and whether it is a classifier."""
     base, tokenizer = rh.load_base(model, dropout=False)
-    classify = task.labels is not None and not base.can_generate()
-    heads = []
+    classify, heads = not base.can_generate(), []
     if classify:
+        if task.labels is None:
+            raise ValueError(f"answers of {task.name} are free text, which {model} cannot give: take a language model")
         rate = None if mode == "probe" else args.head_lr
         heads = [rh.Node(rh.LinearHead(len(task.labels), target="label", pool="mean", lr=rate), layer=-1, name="head")]
     return fs.fine_tuning_model(base, mode, *heads), tokenizer, classify
@@ -119,7 +121,7 @@ def measure(args: argparse.Namespace, task: fs.Task, model: str, mode: str, lr: 
         answers = [task.labels[i] for i in predicted.argmax(1).tolist()]
     else:
         prompts = [fs.icl_prompts([], [], example.input, task.format) for example in tests]
-        answers = answers_of(tuned, tokenizer, task, prompts, args.batch)
+        answers = answers_of(tuned, tokenizer, task, prompts, args.batch, args.max_length - task.max_tokens)
     score = task.score(answers, [example.answers for example in tests])
     return {"score": score, "trained": trained, "seconds": round(seconds, 2)}
 
@@ -160,7 +162,9 @@ def read(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, fs.Task]:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.data = args.data or HUB[args.task]
-    return args, fs.load_task(args.task, args.data)
+    task = fs.load_task(args.task, args.data)
+    args.tests = min(args.tests, len(task.test))
+    return args, task
 
 
 def training_options(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,11 @@
 """Few-shot learning: modes, prompts, greedy answers, likelihoods, tasks, scores."""
 
 import json
+import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -10,13 +14,14 @@ import torch.nn.functional as F
 import transformers as tf
 from hypothesis import given
 from hypothesis import strategies as st
-from models import randomise, tiny_bart, tiny_gpt2, tiny_llama
+from models import randomise, tiny_bart, tiny_gemma3, tiny_gpt2, tiny_llama
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 import reftheads as rh
 import reftheads.fewshot as fs
 from reftheads.interop.peft_lora import merged
 
+DATA = Path(os.environ.get("REFTHEADS_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SMALL = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 1}
 
 
@@ -115,6 +120,19 @@ def test_lora_begins_at_the_base_exactly_and_its_first_gradient_flows():
 def test_modes_that_are_not_known_or_select_nothing_are_errors(mode, message):
     with pytest.raises(ValueError, match=message):
         fs.parameters_to_fine_tune(gpt2(2), mode)
+
+
+def test_quantised_weights_are_not_trained_and_what_stands_beside_them_is():
+    base = tiny_llama()
+    projection = base.model.layers[1].mlp.up_proj
+    projection.weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    for mode in ("all", "last:2", "middle"):
+        with pytest.raises(ValueError, match=f"mode '{mode}' selects quantised weights, which cannot be trained"):
+            fs.parameters_to_fine_tune(base, mode)
+    assert fs.parameters_to_fine_tune(base, "last:1") == list(base.model.layers[2].parameters())
+    model = fs.fine_tuning_model(base, "loreft2", HEAD)
+    assert not any(p.requires_grad for p in base.model.layers[0].parameters())
+    assert all(p.requires_grad for p in model.node("head").parameters())
 
 
 def test_no_biases_are_an_error():
@@ -290,7 +308,25 @@ def test_the_order_with_the_largest_entropy_is_found():
 ROWS = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8, 9, 10]]
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def windowed_mistral(**options) -> tf.MistralForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return tf.MistralForCausalLM(tf.MistralConfig(**shape, vocab_size=50, sliding_window=4, **options))
+
+
+def static_llama(**options) -> tf.LlamaForCausalLM:
+    model = tiny_llama(**options)
+    model.generation_config.cache_implementation = "static"
+    return model
+
+
+def recurrent_lfm2(**options) -> tf.Lfm2ForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return tf.Lfm2ForCausalLM(tf.Lfm2Config(**shape, vocab_size=50, layer_types=["conv", "full_attention"], **options))
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_gemma3, windowed_mistral, static_llama, recurrent_lfm2])
 @pytest.mark.parametrize("edited", [False, True])
 def test_greedy_answers_are_those_of_generate_without_prompt_and_end(make, edited):
     model = make(initializer_range=0.5).eval()
@@ -319,15 +355,25 @@ def test_what_rows_begin_with_is_computed_once():
     assert lengths == [(1, 22), (3, 4), (3, 1)]
 
 
+def test_prompts_over_the_context_are_an_error(tokenizer):
+    model = tiny_gpt2(n_positions=8)
+    assert len(fs.greedy_sample(model, [[5] * 6], [], 3)[0]) == 3  # the last one is not read
+    with pytest.raises(ValueError, match="take 9 tokens, over the model's context of 8: shorten the prompt"):
+        fs.greedy_sample(model, [[5] * 6], [], 4)
+    with pytest.raises(ValueError, match="take 9 tokens, over the model's context of 8"):
+        fs.score_labels(model, tokenizer, ["a b c d e f g"], ["x", "y z"])
+
+
 def test_rows_that_are_empty_are_an_error():
     for rows, most in (([], 3), ([[5], []], 3), ([[5]], 0)):
         with pytest.raises(ValueError, match="give at least one row, each with a token"):
             fs.greedy_sample(tiny_llama(), rows, [], most)
 
 
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma3])
 @pytest.mark.parametrize("edited", [False, True])
-def test_scores_are_the_sums_of_log_probabilities(tokenizer, edited):
-    model = tiny_llama(vocab_size=40, initializer_range=0.5).double().eval()
+def test_scores_are_the_sums_of_log_probabilities(tokenizer, make, edited):
+    model = make(vocab_size=40, initializer_range=0.5).double().eval()
     if edited:
         node = rh.Node(rh.LoReFT(rank=2, dtype="float64"), 1, positions="l1")
         model = rh.InterventionModel(model, rh.InterventionGraph(node)).eval()
@@ -343,6 +389,17 @@ def test_scores_are_the_sums_of_log_probabilities(tokenizer, edited):
             expected = sum(float(log_p[len(ids) - 1 + t, token]) for t, token in enumerate(end))
             assert float(scores[i, j]) == pytest.approx(expected, abs=1e-5)
             assert float(means[i, j]) == pytest.approx(expected / len(end), abs=1e-5)
+
+
+def test_labels_answer_a_conversation_where_its_template_begins_the_answer(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}z{% endif %}"
+    )
+    model = tiny_llama(vocab_size=40, initializer_range=0.5)
+    turns = fs.icl_prompts(["a", "b"], ["x", "y"], "c", "chat", shuffle=False)
+    scores = fs.score_labels(model, tokenizer, [turns], ["x", "y"])
+    torch.testing.assert_close(scores, fs.score_labels(model, tokenizer, ["a x b y c z"], ["x", "y"]))
+    assert fs.score_labels(model, tokenizer, [turns, "a x b y"], ["x", "y"]).shape == (2, 2)
 
 
 def test_labels_without_tokens_are_an_error(tokenizer):
@@ -379,6 +436,25 @@ def test_tasks_are_read_from_their_own_forms_and_from_tables(tmp_path):
     assert fs.load_task("qa", str(tmp_path / "rows.jsonl")).train[0] == ("a", ("b", "c"))
     (tmp_path / "rows.csv").write_text("sentence,label\n" + "fine,2\n" * 10)
     assert fs.load_task("rating", str(tmp_path / "rows.csv")).test == [("fine", ("okay",))]
+    (tmp_path / "lines.csv").write_text("passage,question,answer\n" + '"Mary\nleft.",Who left?,Mary\n' * 10)
+    assert fs.load_task("qa", str(tmp_path / "lines.csv")).train[0] == ("Mary\nleft. Who left?", ("Mary",))
+    (tmp_path / "odd.jsonl").write_text('{"input": "a\u2028b", "answer": "c"}\n' * 10)
+    assert fs.load_task("qa", str(tmp_path / "odd.jsonl")).test == [("a\u2028b", ("c",))]
+
+
+@pytest.mark.skipif(not DATA.exists(), reason=f"needs the data at {DATA}")
+def test_real_data_are_read_whole():
+    rating = fs.load_task("rating", str(DATA / "sst5"))
+    assert (len(rating.train), len(rating.test)) == (8544, 2210)
+    assert {example.answer for example in rating.train} == set(fs.RATINGS)
+    assert len(fs.k_shot([example.answer for example in rating.train], 128)) == 5 * 128
+    qa = fs.load_task("qa", str(DATA / "babi_qa1"))
+    assert (len(qa.train), len(qa.test)) == (10000, 1000)
+    places = {"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}
+    assert {example.answer for example in qa.test} == places and all("?" in example.input for example in qa.test)
+    pairs = fs.load_task("summary", str(DATA / "e2e" / "valid.txt"))
+    assert len(pairs.train) + len(pairs.test) == 4672 and pairs.train[0].input.startswith("name : ")
+    assert pairs.score([example.answer for example in pairs.test], [e.answers for e in pairs.test]) == 1
 
 
 def test_tasks_that_cannot_be_read_are_errors(tmp_path):
@@ -455,7 +531,7 @@ def test_a_study_that_stops_goes_on_without_losing_or_repeating_a_cell(tmp_path)
     study = fs.Study(tmp_path / "results")
     with pytest.raises(KeyboardInterrupt):
         study.run(CELLS, measure)
-    assert len(list((tmp_path / "results").iterdir())) == 3
+    assert len(list((tmp_path / "results").glob("*.json"))) == 3
     ran_before, ran[:] = list(ran), []
     with pytest.raises(KeyboardInterrupt):
         study.run(CELLS, measure)
@@ -471,10 +547,37 @@ def test_a_study_that_stops_goes_on_without_losing_or_repeating_a_cell(tmp_path)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_settings_of_a_study_stand_in_its_files_and_others_are_not_mixed_with_them(tmp_path):
+    results = fs.Study(tmp_path, steps=30).run(CELLS[:1], lambda **cell: {"score": 1})
+    assert results == [{**CELLS[0], "steps": 30, "score": 1}]
+    with pytest.raises(ValueError, match="of another run, with {'steps': 30}: take another folder"):
+        fs.Study(tmp_path, steps=60).run(CELLS[:1], lambda **cell: {"score": 2})
+
+
+def test_two_who_run_a_study_at_the_same_time_share_its_cells(tmp_path):
+    both = Barrier(2, timeout=60)
+
+    def run(_):
+        ran = []
+
+        def measure(**cell):
+            if not ran:
+                both.wait()  # nobody goes on before both have a cell
+            ran.append(cell)
+            return {"score": cell["k"]}
+
+        return ran, fs.Study(tmp_path).run(CELLS, measure)
+
+    with ThreadPoolExecutor(2) as pool:
+        (first, results), (second, again) = pool.map(run, range(2))
+    assert first and second and sorted(map(str, first + second)) == sorted(map(str, CELLS))
+    assert results == again and [result["score"] for result in results] == [cell["k"] for cell in CELLS]
+
+
 def test_files_of_a_study_that_are_damaged_or_of_other_cells_are_errors(tmp_path):
     study = fs.Study(tmp_path)
     study.run([{"model": "a/b", "k": 1}], lambda **cell: {"score": 0})
-    with pytest.raises(ValueError, match="is the result of another cell"):
+    with pytest.raises(ValueError, match="is the result of another run, with {'model': 'a/b'}: take another folder"):
         study.result({"model": "a-b", "k": 1})
     study.path({"model": "a/b", "k": 1}).write_text("{")
     with pytest.raises(ValueError, match="is damaged"):

@@ -229,3 +229,86 @@ def test_what_is_saved_and_exported_predicts_the_same(tmp_path):
     assert results["adapter/, loaded onto a fresh base"]["largest_difference"] == 0
     folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert folders == {"adapter", "base", "classifier", "head"}
+
+
+def few_shot_files(tmp_path) -> dict[str, list]:
+    """Arguments by which a few-shot recipe runs a small task; a review's rating, or where somebody is."""
+    things = "film story actor song scene ending plot cast hero joke score dialogue".split()
+    words = ("awful", "poor", "fair", "nice", "superb")
+    places = ("garden", "kitchen", "office")
+    for folder, lines in {
+        "rating": [f"{i} the {thing} is {word}\n" for thing in things for i, word in enumerate(words)],
+        "qa": [f"1 Mary is in the {p}.\n2 Where is Mary? \t{p}\t1\n" for p in places for _ in range(8)],
+    }.items():
+        (tmp_path / folder).mkdir()
+        for split in ("train", "test"):
+            (tmp_path / folder / f"some_{split}.txt").write_text("".join(lines))
+    small = ["--models", "tiny-chat", "--tests", 6, "--batch", 8, "--out", tmp_path / "out"]
+    return {task: ["--task", task, "--data", tmp_path / task, *small] for task in ("rating", "qa")}
+
+
+def times_of(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.glob("**/*.json") if path.parent != folder}
+
+
+def test_few_shot_fine_tuning_keeps_each_cell_and_repeats_none(tmp_path):
+    given = few_shot_files(tmp_path)["qa"]
+    given += ["--modes", "last:1,loreft2", "--steps", 3, "--epochs", 0]
+    run("few_shot_finetune.py", *given, "--ks", "0,2", "--seeds", 0)
+    before = times_of(tmp_path / "out")
+    assert len(before) == 4
+    shown = run("few_shot_finetune.py", *given, "--ks", "0,2", "--seeds", "0,1")
+    after = times_of(tmp_path / "out")
+    assert len(after) == 8 and before.items() <= after.items()
+    assert "qa, 6 tests: mean ± deviation of 2 seeds" in shown
+    assert (tmp_path / "out" / "ft_qa.png").read_bytes().startswith(b"\x89PNG")
+    cells = [json.loads(Path(path).read_text()) for path in after]
+    base, _ = rh.load_base("tiny-chat")
+    whole = sum(p.numel() for p in base.model.layers[-1].parameters())
+    assert {(cell["mode"], cell["trained"]) for cell in cells} == {
+        ("last:1", whole),
+        ("loreft2", 6 * (2 * 2 * 192 + 2)),
+    }
+    with pytest.raises(ValueError, match="with {'steps': 3}: take another folder"):
+        run("few_shot_finetune.py", *given, "--ks", "0", "--seeds", 0, "--steps", 4)
+
+
+def test_in_context_learning_is_measured_by_format_and_order(tmp_path):
+    given = few_shot_files(tmp_path)["rating"]
+    shown = run(
+        "in_context.py",
+        *given,
+        "--formats",
+        "rating,chat",
+        "--ks",
+        "0,1",
+        "--seeds",
+        0,
+        "--order",
+        "local",
+        "--probes",
+        3,
+    )
+    cells = [json.loads(Path(path).read_text()) for path in times_of(tmp_path / "out")]
+    assert sorted((cell["format"], cell["k"]) for cell in cells) == [(f, k) for f in ("chat", "rating") for k in (0, 1)]
+    assert all(0 <= cell["score"] <= 1 and cell["order"] == "local" for cell in cells)
+    assert "rating in context, 6 tests" in shown
+    assert (tmp_path / "out" / "icl_rating.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ways_to_learn_from_few_examples_are_compared_with_learning_rates_of_their_own(tmp_path):
+    given = few_shot_files(tmp_path)["rating"]
+    given += ["--modes", "last:1,loreft2", "--steps", 3, "--epochs", 0, "--ks", 1, "--seeds", 0, "--formats", "rating"]
+    given += ["--factors", "1,3", "--choose-k", 2, "--timed", 2]
+    shown = run("compare_few_shot.py", *given)
+    assert "in context, rating" in shown and "tiny-chat, loreft2: trials side by side are" in shown
+    found = json.loads((tmp_path / "out" / "compare_rating.json").read_text())
+    assert [rate["rates"] for rate in found["rates"]] == [[1e-4, 3e-4], [5e-3, 1.5e-2]]
+    for rate, result in zip(found["rates"], found["results"], strict=False):
+        assert result["mode"] == rate["mode"]
+        assert result["lr"] == rate["lr"] == rate["rates"][rate["losses"].index(min(rate["losses"]))]
+    assert found["rates"][1]["seconds_side_by_side"] > 0 and (tmp_path / "out" / "compare_rating.png").exists()
+    before = times_of(tmp_path / "out")
+    assert len(before) == 2 + 2 + 1
+    run("compare_few_shot.py", *given)
+    assert times_of(tmp_path / "out") == before

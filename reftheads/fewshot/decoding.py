@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from reftheads.data import Message
 from reftheads.fewshot.prompts import encode_prompt
@@ -32,13 +33,14 @@ def greedy_sample(
     """The most likely next token, again and again, until a stop token or `max_tokens`: the new tokens of each row.
 
     Neither the input nor the stop token is returned. It is what `model.generate(do_sample=False)` gives with the stop
-    tokens as its `eos_token_id`. What all rows begin with is computed once, unless the model has a graph.
+    tokens as its `eos_token_id`. What all rows begin with is computed once, unless the model has a graph, recurrent
+    layers, or windows and rows of several lengths.
 
     Args:
         input_ids: rows of one length, or of several as lists.
 
     Raises:
-        ValueError: no rows, an empty one, or `max_tokens` below 1.
+        ValueError: no rows, an empty one, `max_tokens` below 1, or more tokens than the model's context has.
     """
     rows = [torch.as_tensor(row, dtype=torch.long) for row in input_ids]
     if not rows or not all(len(row) for row in rows) or max_tokens < 1:
@@ -46,6 +48,7 @@ def greedy_sample(
             "give at least one row, each with a token, and max_tokens of 1 or more: got rows of "
             f"{[len(row) for row in rows]} tokens and max_tokens={max_tokens}"
         )
+    _check_context(model, max(map(len, rows)) + max_tokens - 1)
     out: list[list[int]] = [[] for _ in rows]
     with evaluating(model):
         cache, ids, mask = _behind_common(model, rows)
@@ -87,7 +90,7 @@ def score_labels(
         batch_size: continuations a pass.
 
     Raises:
-        ValueError: no prompts or labels, or a label without tokens.
+        ValueError: no prompts or labels, a label without tokens, or a prompt over the model's context.
     """
     asked = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     forms = [answer if isinstance(prompt, str) else "{y}" for prompt in prompts]
@@ -99,8 +102,9 @@ def score_labels(
             f"give at least one prompt, and labels with a token each: got {len(asked)} prompts, {labels!r}"
         )
     rows = [torch.tensor([*ids, *ends[form, y]]) for ids, form in zip(asked, forms, strict=True) for y in labels]  # type: ignore[misc]
+    _check_context(model, max(map(len, rows)))
     starts = [len(ids) for ids in asked for _ in labels]
-    common = 0 if isinstance(model, InterventionModel) else min(_common(rows), min(starts) - 1)
+    common = min(_common(rows), min(starts) - 1) if _carries(model) else 0
     scores: list[Tensor] = []
     with evaluating(model):
         cache = _cache_of(model, rows[0][:common])
@@ -132,7 +136,8 @@ def _behind_common(
     model: Any, rows: Sequence[Int[Tensor, " tokens"]]
 ) -> tuple[DynamicCache, Int[Tensor, "rows rest"], Int[Tensor, "rows columns"]]:
     """A cache of what all rows begin with, the rests, padded at the left, and which of all columns are real."""
-    common = 0 if isinstance(model, InterventionModel) else min(_common(rows), min(map(len, rows)) - 1)
+    carries = _carries(model, padded=len(set(map(len, rows))) > 1)
+    common = min(_common(rows), min(map(len, rows)) - 1) if carries else 0
     rests = [row[common:] for row in rows]
     ids = pad_sequence(rests, batch_first=True, padding_side="left").to(model.device)
     real = pad_sequence([torch.ones_like(row) for row in rests], batch_first=True, padding_side="left").to(model.device)
@@ -145,6 +150,23 @@ def _prompts_end(model: Any, real: Int[Tensor, "rows columns"]) -> AbstractConte
     if not isinstance(model, InterventionModel):
         return nullcontext()
     return model.tuner.layer.generating(real.bool(), real.bool())
+
+
+def _check_context(model: Any, tokens: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise ValueError(
+            f"a prompt and its answer take {tokens} tokens, over the model's context of {limit}: shorten the prompt, "
+            "such as by icl_prompts(…, tokenizer=…, budget=…)"
+        )
+
+
+def _carries(model: Any, padded: bool = False) -> bool:
+    """Whether the model goes on from a cache as if there were none; with padding behind it, if `padded`."""
+    layers = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    # a window would count the padding, and states of recurrent layers are for the next token alone
+    able = {DynamicLayer} if padded else {DynamicLayer, DynamicSlidingWindowLayer}
+    return not isinstance(model, InterventionModel) and layers <= able
 
 
 def _common(rows: Sequence[Int[Tensor, " tokens"]]) -> int:

@@ -40,7 +40,8 @@ def parameters_to_fine_tune(model: nn.Module, mode: str) -> list[nn.Parameter]:
     Heads in the graph of an `InterventionModel` are trained in every mode.
 
     Raises:
-        ValueError: a mode that is not known, more blocks than there are, or a mode that selects nothing.
+        ValueError: a mode that is not known, more blocks than there are, a mode that selects nothing or quantised
+            weights.
     """
     read = _read(mode)
     base = model.get_base_model() if isinstance(model, InterventionModel) else model
@@ -54,6 +55,11 @@ def parameters_to_fine_tune(model: nn.Module, mode: str) -> list[nn.Parameter]:
         found = list(_of_base(base, read))
     if not found:
         raise ValueError(f"mode {mode!r} selects nothing in this {type(base).__name__}{_why(mode, read)}")
+    if not all(p.is_floating_point() for p in found):
+        raise ValueError(
+            f"mode {mode!r} selects quantised weights, which cannot be trained: load the base model without bits, or "
+            "take loraN, loreftN, bitfit or probe"
+        )
     return list(dict.fromkeys([*found, *chosen]))
 
 

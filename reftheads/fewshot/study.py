@@ -36,9 +36,9 @@ class Study:
         self.folder, self.settings = Path(folder), settings
 
     def run(self, cells: Iterable[Cell], measure: Callable[..., Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Calls `measure(**cell)` for every cell without a result; the results, in the order of the cells.
+        """Calls `measure(**cell)` for every cell without a result; the results of all cells, in order.
 
-        What another process is running is left to it, and is not among the results.
+        Cells that another process is running come last: by then they are mostly there.
 
         Raises:
             ValueError: a cell whose file is damaged, or holds the result of another cell or of other settings.
@@ -46,15 +46,17 @@ class Study:
         cells = list(cells)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         console = Console(file=sys.stdout)  # also while the output of a cell goes elsewhere
+        found: dict[Path, dict[str, Any]] = {}
         with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
             line = progress.add_task("", total=len(cells))
-            for cell in cells:
-                progress.update(line, description=", ".join(map(str, cell.values())))
-                with suppress(Timeout), self._claimed(cell):
-                    if self.result(cell) is None:
-                        self._write(cell, measure(**cell))
-                progress.advance(line)
-        return [result for cell in cells if (result := self.result(cell)) is not None]
+            for wait in (False, True):
+                for cell in cells:
+                    if self.path(cell) not in found:
+                        progress.update(line, description=", ".join(map(str, cell.values())))
+                        with suppress(Timeout), self._claimed(cell, wait):
+                            found[self.path(cell)] = self.result(cell) or self._written(cell, measure(**cell))
+                        progress.update(line, completed=len(found))
+        return [found[self.path(cell)] for cell in cells]
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """What is known of a cell: its keys, the settings and what was measured."""
@@ -75,18 +77,19 @@ class Study:
         words = [f"{name}{value}" if isinstance(value, int | float) else str(value) for name, value in cell.items()]
         return self.folder / (re.sub(r"[^\w.+,:=-]+", "-", "_".join(words)).strip("-") + ".json")
 
-    def _claimed(self, cell: Cell) -> FileLock:
+    def _claimed(self, cell: Cell, wait: bool) -> FileLock:
         """Held by the process that runs a cell, and given up when that ends, however it does."""
         locks = self.folder / ".running"
         locks.mkdir(parents=True, exist_ok=True)
-        return FileLock(locks / f"{self.path(cell).stem}.lock", blocking=False)
+        return FileLock(locks / f"{self.path(cell).stem}.lock", blocking=wait)
 
-    def _write(self, cell: Cell, measured: Mapping[str, Any]) -> None:
-        path = self.path(cell)
-        text = json.dumps({**cell, **self.settings, **measured}, indent=1, ensure_ascii=False) + "\n"
+    def _written(self, cell: Cell, measured: Mapping[str, Any]) -> dict[str, Any]:
+        path, result = self.path(cell), {**cell, **self.settings, **measured}
+        text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
         with tempfile.TemporaryDirectory(prefix=".cell.", dir=self.folder) as scratch:
             Path(scratch, path.name).write_text(text, encoding="utf-8")
             os.replace(Path(scratch, path.name), path)
+        return result
 
 
 def over_seeds(
@@ -117,7 +120,7 @@ def table_of(
     table = Table(*lines, *(f"{x} = {at}" for at in columns), title=title)
     for line, points in found.items():
         cells = ("{:.3f} ± {:.3f}".format(*points[at]) if at in points else "" for at in columns)
-        table.add_row(*(Path(str(word)).name if os.sep in str(word) else str(word) for word in line), *cells)
+        table.add_row(*map(_word, line), *cells)
     return table
 
 
@@ -138,8 +141,7 @@ def plot(
     found = over_seeds(results, lines, x, metric)
     for line, points in found.items():
         means, deviations = zip(*points.values(), strict=True)
-        label = ", ".join(Path(str(word)).name if os.sep in str(word) else str(word) for word in line)
-        axis.errorbar(list(points), means, deviations, marker="o", capsize=3, label=label)
+        axis.errorbar(list(points), means, deviations, marker="o", capsize=3, label=", ".join(map(_word, line)))
     axis.set_xscale("symlog")
     axis.set_xticks(sorted({at for points in found.values() for at in points}))
     axis.xaxis.set_major_formatter(ScalarFormatter())
@@ -153,3 +155,8 @@ def plot(
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         figure.savefig(Path(folder, target.name), dpi=150, format="png")
         os.replace(Path(folder, target.name), target)
+
+
+def _word(value: Any) -> str:
+    """Counts with commas, of paths and Hub ids the last part."""
+    return f"{value:,}" if isinstance(value, int) else str(value).rpartition("/")[2]

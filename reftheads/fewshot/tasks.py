@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,11 +110,11 @@ def _file(folder: Path, split: str) -> Path:
 
 def _read(name: str, path: Path) -> list[Example]:
     text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        return [_example(name, json.loads(line)) for line in text.splitlines() if line.strip()]
     if path.suffix == ".csv":
-        return [_example(name, row) for row in csv.DictReader(text.splitlines())]
-    lines = [line for line in text.splitlines() if line.strip()]
+        return [_example(name, row) for row in csv.DictReader(io.StringIO(text))]
+    lines = [line for line in text.split("\n") if line.strip()]
+    if path.suffix == ".jsonl":
+        return [_example(name, json.loads(line)) for line in lines]
     if name == "qa":
         return list(_babi(lines))
     pairs = [line.split("||", 1) if name == "summary" else line.split(" ", 1)[::-1] for line in lines]
@@ -137,6 +138,8 @@ def _babi(lines: Sequence[str]) -> Iterator[Example]:
 def _example(name: str, row: Mapping[str, Any]) -> Example:
     """From a row of any of the forms, or of the usual data sets of the Hub."""
     given = next((row[column] for column in _INPUTS if column in row), None)
+    if given is not None and "question" in row:  # about a passage
+        given = f"{given} {row['question']}"
     answer = next((row[column] for column in _ANSWERS if column in row), None)
     if given is None or answer is None:
         raise ValueError(f"a row has the columns {', '.join(row)}: rename them to input and answer")
