@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.activations import ACT2FN
 
+from reftheads.files import replacing
 from reftheads.heads import MappingHead, MLPHead
 from reftheads.model import InterventionModel
 from reftheads.plan import PlannedNode
@@ -58,7 +58,10 @@ def export_head(model: InterventionModel, name: str, folder: str | os.PathLike |
         modules.append(_activation(head.activation))
     module = modules[0] if len(modules) == 1 else nn.Sequential(*modules)
     if folder is not None:
-        _write(Path(folder), module, _describe(model, planned, maps))
+        description = json.dumps(_describe(model, planned, maps), indent=2) + "\n"
+        with replacing(Path(folder, DESCRIPTION)) as said, replacing(Path(folder, WEIGHTS)) as weights:
+            save_file({name: tensor.cpu() for name, tensor in module.state_dict().items()}, weights)
+            said.write_text(description, encoding="utf-8")
     return module
 
 
@@ -106,12 +109,3 @@ def _describe(model: InterventionModel, planned: PlannedNode, maps: list[nn.Line
         "target": head.target,
         "loss": head.loss,
     }
-
-
-def _write(folder: Path, module: nn.Module, description: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export.", dir=folder) as scratch:
-        save_file({name: tensor.cpu() for name, tensor in module.state_dict().items()}, Path(scratch, WEIGHTS))
-        Path(scratch, DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        for name in (WEIGHTS, DESCRIPTION):
-            os.replace(Path(scratch, name), folder / name)

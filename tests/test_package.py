@@ -14,7 +14,7 @@ PACKAGE = Path(rh.__file__).parent
 
 # A module imports only from rows above its own.
 ROWS = [
-    {"sites", "positions", "losses", "store", "cache", "modes"},
+    {"sites", "positions", "losses", "store", "cache", "modes", "files"},
     {"nodes", "hooks", "blocks", "layout"},
     {"architectures"},
     {"fingerprint", "interventions", "steering", "lora", "heads"},

@@ -7,7 +7,6 @@ import os
 import re
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +16,8 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from reftheads.files import replacing
 
 Cell = Mapping[str, Any]
 
@@ -86,9 +87,8 @@ class Study:
     def _written(self, cell: Cell, measured: Mapping[str, Any]) -> dict[str, Any]:
         path, result = self.path(cell), {**cell, **self.settings, **measured}
         text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-        with tempfile.TemporaryDirectory(prefix=".cell.", dir=self.folder) as scratch:
-            Path(scratch, path.name).write_text(text, encoding="utf-8")
-            os.replace(Path(scratch, path.name), path)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
         return result
 
 
@@ -150,11 +150,8 @@ def plot(
     axis.set_title(title)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        figure.savefig(Path(folder, target.name), dpi=150, format="png")
-        os.replace(Path(folder, target.name), target)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 def _word(value: Any) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,12 +59,3 @@ def draw_squares(axis: Any, probes: Sequence[Probe]) -> Any:
     axis.set_xticks(range(len(heads)), heads)
     axis.set_yticks(range(len(layers)), layers)
     return axis.imshow(picture, origin="lower", aspect="auto")
-
-
-def write(path: str | os.PathLike, save: Any) -> None:
-    """Moves a file into place when it is complete."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        save(Path(folder, target.name))
-        os.replace(Path(folder, target.name), target)

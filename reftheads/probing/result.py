@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from reftheads.probing.drawing import draw_lines, draw_squares, series, write
+from reftheads.files import replacing
+from reftheads.probing.drawing import draw_lines, draw_squares, series
 from reftheads.probing.estimates import Probe
 
 
@@ -72,7 +73,8 @@ class Probes:
         for axis, (label, probes) in zip(axes, squares.items(), strict=True):
             figure.colorbar(draw_squares(axis, probes), ax=axis, label=probes[0].metric)
             axis.set_title(label)
-        write(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=150, format="png")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: every figure, seed by seed."""
@@ -81,4 +83,5 @@ class Probes:
     def save(self, path: str | os.PathLike) -> None:
         """Writes `to_dict` as a JSON file."""
         text = json.dumps(self.to_dict(), indent=1) + "\n"
-        write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
