@@ -11,9 +11,7 @@ within a turn. Times of `rh.fit_probes` are all of its time, judging included, d
 
 import argparse
 import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
 import reftheads as rh
+from reftheads.files import replacing
 
 LAYERS, WIDTH, ROWS, TOKENS, CLASSES, BATCHES, PROBED = 8, 256, 16, 64, 2, 20, 1
 EPOCHS = 20  # of what is measured on cached activations
@@ -220,11 +219,8 @@ def main() -> None:
         found = [row for kind in args.kinds for row in measured(kind, args.repeats, progress)]
     console.print(table_of(found, args.threads))
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.out) as folder:
-            written = Path(folder, "probes.json")
-            written.write_text(json.dumps({"threads": args.threads, "rows": found}, indent=1), encoding="utf-8")
-            os.replace(written, args.out / "probes.json")
+        with replacing(args.out / "probes.json") as path:
+            path.write_text(json.dumps({"threads": args.threads, "rows": found}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, set_seed
 
 import reftheads as rh
 import reftheads.fewshot as fs
+from reftheads.files import replacing
 
 GRAPHS = ("lora", "loreft", "probe")
 
@@ -115,7 +116,8 @@ def main() -> None:
             console.print("{model}, {mode}: trials side by side are {speed_up:.1f} times as fast".format(**found))
     fs.plot(results, args.out / f"compare_{task.name}.png", ["model", "mode"], title=title)
     text = json.dumps({"rates": chosen, "results": results}, indent=1)
-    (args.out / f"compare_{task.name}.json").write_text(text + "\n", encoding="utf-8")
+    with replacing(args.out / f"compare_{task.name}.json") as path:
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

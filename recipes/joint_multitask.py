@@ -20,7 +20,6 @@ files of tab-separated columns, as its authors distribute it.
 import argparse
 import csv
 import json
-import os
 import random
 import statistics
 import sys
@@ -41,6 +40,7 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainingArguments
 
 import reftheads as rh
+from reftheads.files import replacing
 
 TASKS = ("grade", "relatedness", "entailment")
 ENTAILMENT = ("ENTAILMENT", "NEUTRAL", "CONTRADICTION")  # in the order of the Hub's numbers
@@ -190,13 +190,6 @@ def plot(args: argparse.Namespace, run: dict) -> Figure:
     return figure
 
 
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Moves a file into place when it is complete."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        save(Path(folder, path.name))
-        os.replace(Path(folder, path.name), path)
-
-
 def shares(text: str) -> dict[str, float]:
     return {name: float(share) for name, share in (pair.split("=") for pair in text.split(","))}
 
@@ -248,8 +241,10 @@ def main() -> None:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(vars(args) | {"out": None, "runs": runs}, indent=2) + "\n"
-        write(args.out / "joint_multitask.json", lambda path: path.write_text(text))
-        write(args.out / "joint_multitask.png", lambda path: plot(args, runs[0]).savefig(path, dpi=150))
+        with replacing(args.out / "joint_multitask.json") as path:
+            path.write_text(text)
+        with replacing(args.out / "joint_multitask.png") as path:
+            plot(args, runs[0]).savefig(path, dpi=150)
         console.print(f"written: {args.out / 'joint_multitask.json'}, {args.out / 'joint_multitask.png'}")
 
 

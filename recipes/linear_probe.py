@@ -15,7 +15,6 @@ import argparse
 import csv
 import json
 import math
-import os
 import random
 import tempfile
 import time
@@ -34,6 +33,7 @@ from rich.table import Table
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 import reftheads as rh
+from reftheads.files import replacing
 
 TOPICS = Path(__file__).with_name("tiny_chat_topics.tsv")
 TOP = 5
@@ -177,14 +177,6 @@ def figure(perplexity: float) -> str:
     return f"{perplexity:.2f}" if perplexity < 1e5 else f"{perplexity:.1e}"
 
 
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Moves a file into place when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        save(Path(folder, path.name))
-        os.replace(Path(folder, path.name), path)
-
-
 def options(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default="tiny-chat", help="a Hub id or a local path of any language model")
@@ -256,7 +248,8 @@ def main() -> None:
     console.print(f"first epoch {watch.epochs[0]:.1f} s, all {args.epochs} epochs {sum(watch.epochs):.1f} s")
     if args.out:
         told = vars(args) | {"out": None, "layer": layer, "perplexity": figures, "epoch_seconds": watch.epochs}
-        write(args.out / "linear_probe.json", lambda path: path.write_text(json.dumps(told, indent=2) + "\n"))
+        with replacing(args.out / "linear_probe.json") as path:
+            path.write_text(json.dumps(told, indent=2) + "\n")
         console.print(f"written: {args.out / 'linear_probe.json'}")
 
 

@@ -26,7 +26,6 @@ from linear_probe import (
     shown,
     split,
     train,
-    write,
 )
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -34,6 +33,7 @@ from rich.table import Table
 from transformers import set_seed
 
 import reftheads as rh
+from reftheads.files import replacing
 
 
 def graph_for(layers: int, vocabulary: int) -> rh.InterventionGraph:
@@ -102,8 +102,10 @@ def main() -> None:
     if args.out:
         told = vars(args) | {"out": None, "probes": probes, "logit_lens": {name: lens[name] for name in names}}
         told |= {"epoch_seconds": watch.epochs, "next_tokens": tokens}
-        write(args.out / "multi_probe.json", lambda path: path.write_text(json.dumps(told, indent=2) + "\n"))
-        write(args.out / "multi_probe.png", lambda path: plot(title, names, probes, lens).savefig(path, dpi=150))
+        with replacing(args.out / "multi_probe.json") as path:
+            path.write_text(json.dumps(told, indent=2) + "\n")
+        with replacing(args.out / "multi_probe.png") as path:
+            plot(title, names, probes, lens).savefig(path, dpi=150)
         console.print(f"written: {args.out / 'multi_probe.json'}, {args.out / 'multi_probe.png'}")
 
 

@@ -15,7 +15,6 @@ instruction of the same split. That teaches which answer belongs to an instructi
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainingArguments
 
 import reftheads as rh
+from reftheads.files import replacing
 
 Pair = tuple[str | list[dict], str, str]
 """A prompt, the answer that was chosen, and the one that was rejected."""
@@ -134,13 +134,6 @@ def plot(args: argparse.Namespace, before: torch.Tensor, after: torch.Tensor) ->
     return figure
 
 
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Moves a file into place when it is complete."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        save(Path(folder, path.name))
-        os.replace(Path(folder, path.name), path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny-chat", help="a Hub id or a local path of a decoder")
@@ -196,8 +189,10 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         told = {"parameters": trained, "seconds": seconds, "figures": found, "longer_is_chosen": longer}
         text = json.dumps(vars(args) | {"out": None} | told | {"margins": after.tolist()}, indent=2) + "\n"
-        write(args.out / "reward_model.json", lambda path: path.write_text(text))
-        write(args.out / "reward_model.png", lambda path: plot(args, before, after).savefig(path, dpi=150))
+        with replacing(args.out / "reward_model.json") as path:
+            path.write_text(text)
+        with replacing(args.out / "reward_model.png") as path:
+            plot(args, before, after).savefig(path, dpi=150)
         console.print(f"written: {args.out / 'reward_model.json'}, {args.out / 'reward_model.png'}")
 
 

@@ -16,7 +16,6 @@ Each is read back, and its predictions are compared with those of the model that
 
 import argparse
 import json
-import os
 import tempfile
 import warnings
 from contextlib import redirect_stdout
@@ -32,6 +31,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainingArguments, set_seed
 
 import reftheads as rh
+from reftheads.files import replacing
 from reftheads.interop.sequence_classification import to_sequence_classification
 
 THINGS = "the film", "this book", "our garden", "the soup", "my new coat", "the concert", "that old house", "the lesson"
@@ -196,11 +196,9 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     found = save_and_load(args, args.out, console)
-    with tempfile.TemporaryDirectory(dir=args.out) as folder:
-        file = Path(folder, "save_and_load.json")
-        file.write_text(json.dumps(vars(args) | {"out": None, "results": found}, indent=2) + "\n")
-        os.replace(file, args.out / file.name)
-    console.print(f"written: {args.out / file.name}")
+    with replacing(args.out / "save_and_load.json") as path:
+        path.write_text(json.dumps(vars(args) | {"out": None, "results": found}, indent=2) + "\n")
+    console.print(f"written: {args.out / 'save_and_load.json'}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ one `ActivationStore`, so that what the base model computes of a prompt is compu
 import argparse
 import csv
 import json
-import os
 import random
 import statistics
 import sys
@@ -35,6 +34,7 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainingArguments
 
 import reftheads as rh
+from reftheads.files import replacing
 
 QUESTIONS = 40
 
@@ -183,13 +183,6 @@ def plot(args: argparse.Namespace, results: list[Result]) -> Figure:
     return figure
 
 
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Moves a file into place when it is complete."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        save(Path(folder, path.name))
-        os.replace(Path(folder, path.name), path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny-chat", help="a Hub id or a local path of any chat model")
@@ -231,8 +224,10 @@ def main() -> None:
         figures = {"training_seconds": seconds, "one_alone_seconds": one, "results": [asdict(r) for r in results]}
         text = json.dumps(vars(args) | {"out": None} | figures, indent=2) + "\n"
         args.out.mkdir(parents=True, exist_ok=True)
-        write(args.out / "sweep.json", lambda path: path.write_text(text))
-        write(args.out / "sweep.png", lambda path: plot(args, results).savefig(path, dpi=150))
+        with replacing(args.out / "sweep.json") as path:
+            path.write_text(text)
+        with replacing(args.out / "sweep.png") as path:
+            plot(args, results).savefig(path, dpi=150)
         console.print(f"written: {args.out / 'sweep.json'}, {args.out / 'sweep.png'}")
 
 

@@ -26,7 +26,6 @@ have no labels, are cut off from the training split.
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 import tempfile
@@ -48,6 +47,7 @@ from rich.table import Table
 from transformers import AutoModel, TrainerCallback, TrainingArguments
 
 import reftheads as rh
+from reftheads.files import replacing
 
 RATES = {"full": [1e-4], "lora": [3e-3], "qlora": [3e-3], "loreft": [5e-3], "probe": [1e-2]}
 
@@ -216,7 +216,8 @@ class Book:
         if self.path:
             text = json.dumps({"settings": self.settings, "runs": [asdict(r) for r in self.runs.values()]}, indent=1)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write(self.path, lambda path: path.write_text(text + "\n"))
+            with replacing(self.path) as path:
+                path.write_text(text + "\n")
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:
@@ -259,13 +260,6 @@ def plot(title: str, results: dict[str, list[Run]]) -> Figure:
     axis.legend()
     axis.set_title(title, fontsize="medium")
     return figure
-
-
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Moves a file into place when it is complete."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        save(Path(folder, path.name))
-        os.replace(Path(folder, path.name), path)
 
 
 def methods(text: str) -> list[str]:
@@ -335,7 +329,8 @@ def main() -> None:
     title = f"{args.model}: accuracy, mean ± deviation of {len(args.seeds)} seeds"
     console.print(table_of(title, results))
     if args.out:
-        write(args.out / "text_classification.png", lambda path: plot(title, results).savefig(path, dpi=100))
+        with replacing(args.out / "text_classification.png") as path:
+            plot(title, results).savefig(path, dpi=100)
         console.print(f"written: {args.out / 'text_classification.json'}, {args.out / 'text_classification.png'}")
 
 

@@ -19,7 +19,6 @@ LoRA that was trained for values alone cannot write any more, so the base model 
 
 import argparse
 import json
-import os
 import random
 import statistics
 import sys
@@ -45,6 +44,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from transformers import TrainerCallback, TrainingArguments
 
 import reftheads as rh
+from reftheads.files import replacing
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of a sentence that has been read
 
@@ -230,13 +230,6 @@ def plot(args: argparse.Namespace, figures: list[dict], found: list[dict]) -> Fi
     return figure
 
 
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Moves a file into place when it is complete."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        save(Path(folder, path.name))
-        os.replace(Path(folder, path.name), path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny-chat", help="a Hub id or a local path of a decoder")
@@ -290,8 +283,10 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         told = {"parameters": trained, "seconds": seconds, "values": figures, "judge": accuracy, "best_of_n": found}
         text = json.dumps(vars(args) | {"out": None} | told, indent=2) + "\n"
-        write(args.out / "value_model.json", lambda path: path.write_text(text))
-        write(args.out / "value_model.png", lambda path: plot(args, figures, found).savefig(path, dpi=150))
+        with replacing(args.out / "value_model.json") as path:
+            path.write_text(text)
+        with replacing(args.out / "value_model.png") as path:
+            plot(args, figures, found).savefig(path, dpi=150)
         console.print(f"written: {args.out / 'value_model.json'}, {args.out / 'value_model.png'}")
 
 

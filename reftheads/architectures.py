@@ -317,8 +317,13 @@ def _name(model: nn.Module) -> str:
     return f"this {_model_type(model)}"
 
 
+def arguments(module: nn.Module) -> list[str]:
+    """The names of what its forward takes, in order."""
+    return list(inspect.signature(module.forward).parameters)
+
+
 def _takes(module: nn.Module, *names: str) -> bool:
-    return any(n in inspect.signature(module.forward).parameters for n in names)
+    return any(name in arguments(module) for name in names)
 
 
 def _ancestors(path: str) -> Iterator[str]:

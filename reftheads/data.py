@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
@@ -234,33 +234,33 @@ def complete(rows: Sequence[Row]) -> list[dict[str, Any]]:
         for name, value in row.items():
             if value is not None:
                 columns.setdefault(name, []).append((value, len(row["input_ids"])))
-    if all(len(given) == len(rows) for given in columns.values()):
-        return [{name: row[name] for name in columns} for row in rows]
-    return [
-        {name: _missing(name, row, given) if row.get(name) is None else row[name] for name, given in columns.items()}
-        for row in rows
-    ]
+    absent = {name: _absent(name, given) for name, given in columns.items() if len(given) < len(rows)}
+    return [{name: absent[name](row) if row.get(name) is None else row[name] for name in columns} for row in rows]
 
 
-def _missing(name: str, row: Row, others: Sequence[tuple[Any, int]]) -> Any:
+def _absent(name: str, given: Sequence[tuple[Any, int]]) -> Callable[[Row], Any]:
     """What stands for no target in a row, by the values that other rows have, with their numbers of tokens."""
-    length = len(row["input_ids"])
-    if name == "prompt_mask" and row.get("labels") is not None:
-        answer = next((i for i, label in enumerate(row["labels"]) if label != IGNORE), length)
-        return [1] * answer + [0] * (length - answer)
-    if name in ("attention_mask", "prompt_mask"):
-        return [1] * length
+    if name == "prompt_mask":
+        return lambda row: prompt_mask([IGNORE] * len(row["input_ids"]) if row.get("labels") is None else row["labels"])
+    if name == "attention_mask":
+        return lambda row: [1] * len(row["input_ids"])
     if name in _INPUTS:
         raise ValueError(f"some rows have {name!r} and some do not: give it to all of them, or to none")
-    value, _ = others[0]
-    if isinstance(value, str):
-        return None
-    none: float = float("nan") if any(torch.as_tensor(v).is_floating_point() for v, _ in others) else IGNORE
-    shape = list(torch.as_tensor(value).shape)
-    if not shape:
-        return none
-    by_token = all(len(v) == tokens for v, tokens in others)
-    return torch.full([length if by_token else shape[0], *shape[1:]], none).tolist()
+    if isinstance(given[0][0], str):
+        return lambda row: None
+    values = [torch.as_tensor(value) for value, _ in given]
+    none: float = float("nan") if any(value.is_floating_point() for value in values) else IGNORE
+    if not values[0].ndim:
+        return lambda row: none
+    by_token = all(len(value) == tokens for value, (_, tokens) in zip(values, given, strict=True))
+    count, *width = values[0].shape
+    return lambda row: torch.full([len(row["input_ids"]) if by_token else count, *width], none).tolist()
+
+
+def prompt_mask(labels: Sequence[int]) -> list[int]:
+    """1 up to the first label of a row, then 0."""
+    answer = next((i for i, label in enumerate(labels) if label != IGNORE), len(labels))
+    return [1] * answer + [0] * (len(labels) - answer)
 
 
 def flat(rows: Iterable[Any]) -> list[Any]:

@@ -6,7 +6,6 @@ the finished sequences once more.
 
 from __future__ import annotations
 
-import inspect
 from copy import copy
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import ModelOutput
 
+from reftheads.architectures import arguments
 from reftheads.hooks import ending
 from reftheads.nodes import Head
 from reftheads.output import extend, replaced
@@ -116,7 +116,7 @@ def _readers(base: Any, layer: Interventions, kwargs: dict[str, Any]) -> list[Pl
             "return_heads=True, but no head acts: add a node such as rh.Node(rh.LinearHead(1), layer=-1) to the graph, "
             "or switch its adapter on"
         )
-    beside = kwargs.keys() & inspect.signature(base.forward).parameters.keys() - _TOKENS
+    beside = kwargs.keys() & set(arguments(base)) - _TOKENS
     given = sorted(name for name in beside if kwargs[name] is not None)
     if given:
         raise ValueError(
@@ -151,7 +151,7 @@ def _read(
     path = readers[0].address.stack
     stack = base.get_submodule(path)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": real.long(), "use_cache": False}
-    if "position_ids" in inspect.signature(stack.forward).parameters:
+    if "position_ids" in arguments(stack):
         inputs["position_ids"] = (real.cumsum(1) - 1).clamp(min=0)  # padding on the left does not count
 
     call, addresses = Call(prompt_mask=prompt), [planned.address for planned in readers]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from reftheads.architectures import StackInfo, own_modules, stacks
+from reftheads.architectures import StackInfo, arguments, own_modules, stacks
 from reftheads.cone import Cone
 from reftheads.record import Recorder
 from reftheads.runtime import Interventions
@@ -42,7 +41,7 @@ class Limits:
         self._own = {f"{path}.{name}": p for path, m in own for name, p in m._parameters.items() if p is not None}
         self._random = [place for _, module in own for place in _random_settings(module)]
         self._batch_norms = [m for _, m in own if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._hands_on = bool(HANDED_ON & inspect.signature(self._blocks[0].forward).parameters.keys())
+        self._hands_on = bool(HANDED_ON & set(arguments(self._blocks[0])))
 
     @property
     def dtypes(self) -> set[torch.dtype]:

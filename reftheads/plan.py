@@ -1,12 +1,11 @@
 """Compiling: a graph and a model give a plan, in which every node knows its module, widths and turn."""
 
-import inspect
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
 
-from reftheads.architectures import Address, StackInfo, locate, stacks
+from reftheads.architectures import Address, StackInfo, arguments, locate, stacks
 from reftheads.blocks import reads_other_stack
 from reftheads.graph import InterventionGraph
 from reftheads.nodes import Edit, Head, Node, NodeModule, Shape
@@ -136,7 +135,7 @@ def _place(node: Node, model: nn.Module) -> PlannedNode:
 
 
 def _check_targets(plan: Plan, model: nn.Module) -> None:
-    inputs = inspect.signature(model.forward).parameters.keys() | {"prompt_mask"}
+    inputs = {*arguments(model), "prompt_mask"}
     taken = next((name for name in plan.targets if name in inputs and name != "labels"), None)
     if taken is not None:
         raise ValueError(

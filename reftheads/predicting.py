@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from reftheads.architectures import arguments
 from reftheads.data import Collator
 from reftheads.model import InterventionModel
 from reftheads.modes import evaluating
@@ -44,7 +44,7 @@ def predict(
     """
     if not rows or batch_size < 1:
         raise ValueError(f"give at least one text, or row with its input_ids, got {len(rows)}, batch_size={batch_size}")
-    taken = {*inspect.signature(model.get_base_model().forward).parameters, "prompt_mask"}
+    taken = {*arguments(model.get_base_model()), "prompt_mask"}
     encoded = [
         {name: value for name, value in (tokenizer(row) if isinstance(row, str) else row).items() if name in taken}
         for row in rows

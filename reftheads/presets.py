@@ -12,7 +12,7 @@ from reftheads.graph import InterventionGraph
 from reftheads.interventions import LoReFT
 from reftheads.lora import LoRA
 from reftheads.nodes import Node
-from reftheads.sites import BLOCK_COMPONENTS
+from reftheads.sites import BLOCK_COMPONENTS, Stack
 
 _PRESET = re.compile(r"(?P<kind>lora|loreft)(?P<rank>\d+)(:(?P<where>.+))?")
 _ADAPTED = ("query_output", "value_output")
@@ -43,7 +43,7 @@ def preset(name: str, base: nn.Module) -> InterventionGraph:
         raise ValueError(f"preset {name!r}: no transformer blocks recognised in this {type(base).__name__}")
     if read["kind"] == "loreft":
         nodes = [
-            Node(LoReFT(rank), layer, positions=where or "f7+l7", stack=_side(stack, found))
+            Node(LoReFT(rank), layer, positions=where or "f7+l7", stack=side_of(stack, found))
             for stack in found
             for layer in range(len(stack.blocks))
         ]
@@ -51,7 +51,7 @@ def preset(name: str, base: nn.Module) -> InterventionGraph:
     lora = LoRA(rank, alpha=2 * rank)
     if where == "all-linear":
         paths = [path for stack in found for block in stack.blocks for path in linear_modules(base, block)]
-        nodes = [Node(lora, component=path, name=_word(path)) for path in paths]
+        nodes = [Node(lora, component=path, name=lora_name(path)) for path in paths]
         if not nodes:
             raise ValueError(f"preset {name!r}: the blocks of this {type(base).__name__} hold no linear module")
         return InterventionGraph(*nodes)
@@ -60,7 +60,7 @@ def preset(name: str, base: nn.Module) -> InterventionGraph:
     if unknown is not None:
         raise ValueError(f"preset {name!r}: {unknown!r} is no component of a block: use {', '.join(BLOCK_COMPONENTS)}")
     nodes = [
-        Node(lora, layer, component, stack=_side(stack, found))
+        Node(lora, layer, component, stack=side_of(stack, found))
         for stack in found
         for layer in range(len(stack.blocks))
         for component in components
@@ -75,9 +75,11 @@ def linear_modules(base: nn.Module, block: str) -> Iterator[str]:
             yield path
 
 
-def _side(stack: StackInfo, found: tuple[StackInfo, ...]):
+def side_of(stack: StackInfo, found: tuple[StackInfo, ...]) -> Stack | None:
+    """What a site says of its stack: nothing, if the model has one."""
     return stack.role if len(found) > 1 else None
 
 
-def _word(path: str) -> str:
+def lora_name(path: str) -> str:
+    """The name of a LoRA node on the module at this path."""
     return "lora_" + path.replace(".", "_")

@@ -6,7 +6,6 @@ that no edit reaches, and what constant readers see. All are found by the row's 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from reftheads.architectures import StackInfo
+from reftheads.architectures import StackInfo, arguments
 from reftheads.cache import Piece, cache_of, pieces_of
 from reftheads.cone import Cone
 from reftheads.fingerprint import Fingerprint, content, content_of_ids, digest
@@ -70,7 +69,7 @@ class Recorder:
         self.base = base
         self.layer = layer
         self.stack = base.get_submodule(info.path)
-        self.arguments = frozenset(inspect.signature(self.stack.forward).parameters)
+        self.arguments = frozenset(arguments(self.stack))
         self.blocks = info.blocks
         self.store = store
         self.fingerprint = Fingerprint(base)

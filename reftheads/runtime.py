@@ -14,7 +14,6 @@ second time, even if other passes lie in between.
 """
 
 import functools
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -25,7 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from reftheads.architectures import StackInfo
+from reftheads.architectures import StackInfo, arguments
 from reftheads.checkpointing import KeepRun
 from reftheads.hooks import attach
 from reftheads.losses import IGNORE
@@ -114,12 +113,12 @@ class Interventions(nn.Module, BaseTunerLayer):
         if None not in self._handles:
             self.generative = callable(can := getattr(base, "can_generate", None)) and bool(can())
             self.seq2seq = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
-            self._argument_names[""] = _arguments(base)
+            self._argument_names[""] = arguments(base)
             self._handles[None] = [base.register_forward_pre_hook(self._call_begins, with_kwargs=True)]
         for stack in used:
             if stack.path not in self._handles:
                 module = base.get_submodule(stack.path)
-                self._argument_names[stack.path] = _arguments(module)
+                self._argument_names[stack.path] = arguments(module)
                 blocks = [m for b in stack.blocks for m in base.get_submodule(b).modules()]
                 self._checkpointing[stack.path] = [m for m in blocks if hasattr(m, "gradient_checkpointing")]
                 begins = functools.partial(self._stack_begins, stack)
@@ -483,10 +482,6 @@ def _packed(given: Mapping[str, Any]) -> bool:
     if given.get("attention_mask") is not None or not isinstance(positions, Tensor) or positions.ndim != 2:
         return False
     return bool((positions[:, 1:] <= positions[:, :-1]).any())
-
-
-def _arguments(module: nn.Module) -> list[str]:
-    return list(inspect.signature(module.forward).parameters)
 
 
 def _named(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:

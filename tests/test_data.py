@@ -228,6 +228,14 @@ def test_what_rows_lack_does_not_hang_on_lengths_that_happen_to_agree(tokenizer)
     assert rh.Collator(tokenizer)(rows)["tags"].tolist()[2] == [-100] * 3
 
 
+def test_every_value_is_looked_at_once_however_many_rows_lack_it(monkeypatch):
+    seen, convert = [], torch.as_tensor
+    monkeypatch.setattr(torch, "as_tensor", lambda value: (seen.append(value), convert(value))[1])
+    grades = [{"input_ids": [3], "grade": grade} for grade in range(50)]
+    assert complete([*grades, *({"input_ids": [4]} for _ in range(50))])[-1] == {"input_ids": [4], "grade": -100}
+    assert seen == list(range(50))
+
+
 def test_a_prompt_ends_at_the_first_label_where_no_mask_says_so(tokenizer):
     chat = rh.encode_pairs(tokenizer, ["a b"], ["c"])[0]
     other = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}

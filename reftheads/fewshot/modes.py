@@ -14,7 +14,7 @@ from reftheads.interventions import LoReFT
 from reftheads.lora import LoRA
 from reftheads.model import InterventionModel
 from reftheads.nodes import Head, Node, NodeModule
-from reftheads.presets import linear_modules, preset
+from reftheads.presets import linear_modules, lora_name, preset, side_of
 from reftheads.sites import Site
 
 MODES = ("all", "first", "middle", "last", "last:3", "lora4", "loreft4", "bitfit", "head", "probe")
@@ -127,13 +127,13 @@ def _blocks(stack: StackInfo, where: str, count: int) -> tuple[str, ...]:
 
 
 def _lora(base: nn.Module, rank: int) -> Iterator[Node]:
-    for stack in stacks(base):
-        two = len(stacks(base)) > 1
+    found = stacks(base)
+    for stack in found:
         for layer, block in enumerate(stack.blocks):
-            out = locate(base, Site(layer, "head_output", stack=stack.role if two else None)).module
+            out = locate(base, Site(layer, "head_output", stack=side_of(stack, found))).module
             for path in linear_modules(base, block):
                 if path != out:
-                    yield Node(LoRA(rank), component=path, name="lora_" + path.replace(".", "_"))
+                    yield Node(LoRA(rank), component=path, name=lora_name(path))
 
 
 def _why(mode: str, read: re.Match[str]) -> str:

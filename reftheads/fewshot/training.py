@@ -65,18 +65,11 @@ def lora_table(model: InterventionModel) -> Table:
         if not isinstance(lora, LoRA):
             continue
         assert shape.input_width is not None
-        own = sum(p.numel() for p in model.node(str(planned.node.name)).parameters())
-        size = sum(p.numel() * p.element_size() for p in model.node(str(planned.node.name)).parameters())
+        tensors = list(model.node(str(planned.node.name)).parameters())
+        own, size = sum(p.numel() for p in tensors), sum(p.nbytes for p in tensors)
         ratio = lora_ratio(lora.rank, shape.input_width, shape.width)
-        cells = (
-            str(shape.input_width),
-            str(shape.width),
-            str(lora.rank),
-            f"{own:,}",
-            f"{ratio:.2%}",
-            f"{size / 1024:,.1f}",
-        )
-        table.add_row(planned.address.module, *cells)
+        widths = map(str, (shape.input_width, shape.width, lora.rank))
+        table.add_row(planned.address.module, *widths, f"{own:,}", f"{ratio:.2%}", f"{size / 1024:,.1f}")
         parameters, whole, stored = parameters + own, whole + shape.input_width * shape.width, stored + size
     share = f"{parameters / whole:.2%}" if whole else ""
     table.add_row("total", "", "", "", f"{parameters:,}", share, f"{stored / 1024:,.1f}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from reftheads.architectures import arguments
+from reftheads.data import prompt_mask
 from reftheads.heads import MappingHead
-from reftheads.losses import IGNORE
 from reftheads.model import InterventionModel
 from reftheads.modes import evaluating
 from reftheads.nodes import NodeModule, Params
@@ -130,16 +130,14 @@ def _inputs(
 ) -> list[dict[str, Any]]:
     """The rows as the model takes them, with items for targets, and with a prompt mask for labels if that will do."""
     base = model.get_base_model()
-    names = {*inspect.signature(base.forward).parameters, "prompt_mask"} - columns.keys()
+    names = {*arguments(base), "prompt_mask"} - columns.keys()
     encoded = []
     for i, row in enumerate(rows):
         own = {name: value for name, value in row.items() if name in names}
         if "labels" in own and model.tuner.layer.generative and not model.tuner.layer.seq2seq:
             labels = torch.as_tensor(own.pop("labels")).tolist()  # with labels the whole model would run
-            labels = labels if isinstance(labels, list) else []
-            end = next((j for j, label in enumerate(labels) if label != IGNORE), len(labels))
-            if labels:
-                own.setdefault("prompt_mask", [1] * end + [0] * (len(labels) - end))
+            if isinstance(labels, list):
+                own.setdefault("prompt_mask", prompt_mask(labels))
         encoded.append(own | {name: column.index[i] for name, column in columns.items()})
     return encoded
 
