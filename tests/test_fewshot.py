@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import transformers as tf
 from hypothesis import given
 from hypothesis import strategies as st
-from models import randomise, tiny_bart, tiny_gemma3, tiny_gpt2, tiny_llama
+from models import randomise, tiny_bart, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_t5
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 import reftheads as rh
@@ -277,7 +277,7 @@ def test_prompts_that_cannot_be_made_are_errors():
     assert fs.icl_prompts([], [], "x", "qa") == "x In the"
 
 
-@given(labels=st.lists(st.integers(0, 3), max_size=30), k=st.integers(0, 4), seed=st.integers(0, 9))
+@given(labels=st.lists(st.integers(0, 3), min_size=1, max_size=30), k=st.integers(0, 4), seed=st.integers(0, 9))
 def test_k_of_each_class_are_drawn_without_replacement(labels, k, seed):
     counts = Counter(labels)
     if any(k > n for n in counts.values()):
@@ -289,6 +289,12 @@ def test_k_of_each_class_are_drawn_without_replacement(labels, k, seed):
         {label: k for label in counts if k}
     )
     assert chosen == fs.k_shot(labels, k, seed=seed)
+
+
+def test_examples_can_only_be_drawn_where_there_are_some():
+    for labels, k in (([], 1), (["a"], -1)):
+        with pytest.raises(ValueError, match="k must be 0 or more, and some examples there to draw from"):
+            fs.k_shot(labels, k)
 
 
 def test_the_order_with_the_largest_entropy_is_found():
@@ -311,7 +317,8 @@ ROWS = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8, 9, 10]]
 def windowed_mistral(**options) -> tf.MistralForCausalLM:
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return tf.MistralForCausalLM(tf.MistralConfig(**shape, vocab_size=50, sliding_window=4, **options))
+    shape |= {"vocab_size": 50} | options
+    return tf.MistralForCausalLM(tf.MistralConfig(**shape, sliding_window=4))
 
 
 def static_llama(**options) -> tf.LlamaForCausalLM:
@@ -323,7 +330,8 @@ def static_llama(**options) -> tf.LlamaForCausalLM:
 def recurrent_lfm2(**options) -> tf.Lfm2ForCausalLM:
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return tf.Lfm2ForCausalLM(tf.Lfm2Config(**shape, vocab_size=50, layer_types=["conv", "full_attention"], **options))
+    shape |= {"vocab_size": 50} | options
+    return tf.Lfm2ForCausalLM(tf.Lfm2Config(**shape, layer_types=["conv", "full_attention"]))
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_gemma3, windowed_mistral, static_llama, recurrent_lfm2])
@@ -370,7 +378,15 @@ def test_rows_that_are_empty_are_an_error():
             fs.greedy_sample(tiny_llama(), rows, [], most)
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma3])
+@pytest.mark.parametrize("make", [tiny_t5, bert])
+def test_models_that_are_no_decoders_are_an_error(tokenizer, make):
+    with pytest.raises(ValueError, match="and this (t5|bert) is none: take another model"):
+        fs.greedy_sample(make(), [[5]], [], 1)
+    with pytest.raises(ValueError, match="and this (t5|bert) is none: take another model"):
+        fs.score_labels(make(), tokenizer, ["a"], ["x"])
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma3, windowed_mistral, recurrent_lfm2])
 @pytest.mark.parametrize("edited", [False, True])
 def test_scores_are_the_sums_of_log_probabilities(tokenizer, make, edited):
     model = make(vocab_size=40, initializer_range=0.5).double().eval()
@@ -469,6 +485,9 @@ def test_tasks_that_cannot_be_read_are_errors(tmp_path):
     with pytest.raises(ValueError, match="a row has the columns a, b: rename them"):
         fs.load_task("qa", str(tmp_path / "y.csv"))
     (tmp_path / "z.jsonl").write_text("")
+    (tmp_path / "stsa.train").write_text("3 fine\nfine\n")
+    with pytest.raises(ValueError, match="the line 'fine' has no ' ' between two parts"):
+        fs.load_task("rating", str(tmp_path / "stsa.train"))
     with pytest.raises(ValueError, match="no examples for train"):
         fs.load_task("qa", str(tmp_path / "z.jsonl"))
 

@@ -40,7 +40,8 @@ def greedy_sample(
         input_ids: rows of one length, or of several as lists.
 
     Raises:
-        ValueError: no rows, an empty one, `max_tokens` below 1, or more tokens than the model's context has.
+        ValueError: no rows, an empty one, `max_tokens` below 1, more tokens than the model's context has, or a model
+            that is no decoder.
     """
     rows = [torch.as_tensor(row, dtype=torch.long) for row in input_ids]
     if not rows or not all(len(row) for row in rows) or max_tokens < 1:
@@ -48,7 +49,7 @@ def greedy_sample(
             "give at least one row, each with a token, and max_tokens of 1 or more: got rows of "
             f"{[len(row) for row in rows]} tokens and max_tokens={max_tokens}"
         )
-    _check_context(model, max(map(len, rows)) + max_tokens - 1)
+    _check(model, max(map(len, rows)) + max_tokens - 1)
     out: list[list[int]] = [[] for _ in rows]
     with evaluating(model):
         cache, ids, mask = _behind_common(model, rows)
@@ -90,7 +91,8 @@ def score_labels(
         batch_size: continuations a pass.
 
     Raises:
-        ValueError: no prompts or labels, a label without tokens, or a prompt over the model's context.
+        ValueError: no prompts or labels, a label without tokens, a prompt over the model's context, or a model that
+            is no decoder.
     """
     asked = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     forms = [answer if isinstance(prompt, str) else "{y}" for prompt in prompts]
@@ -102,7 +104,7 @@ def score_labels(
             f"give at least one prompt, and labels with a token each: got {len(asked)} prompts, {labels!r}"
         )
     rows = [torch.tensor([*ids, *ends[form, y]]) for ids, form in zip(asked, forms, strict=True) for y in labels]  # type: ignore[misc]
-    _check_context(model, max(map(len, rows)))
+    _check(model, max(map(len, rows)))
     starts = [len(ids) for ids in asked for _ in labels]
     common = min(_common(rows), min(starts) - 1) if _carries(model) else 0
     scores: list[Tensor] = []
@@ -152,7 +154,12 @@ def _prompts_end(model: Any, real: Int[Tensor, "rows columns"]) -> AbstractConte
     return model.tuner.layer.generating(real.bool(), real.bool())
 
 
-def _check_context(model: Any, tokens: int) -> None:
+def _check(model: Any, tokens: int) -> None:
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise ValueError(
+            f"answers are read from a decoder with an output layer, such as AutoModelForCausalLM loads, and this "
+            f"{model.config.model_type} is none: take another model, or fine-tune this one"
+        )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise ValueError(

@@ -118,10 +118,10 @@ def k_shot(labels: Sequence[Hashable], k: int, *, seed: int = 0) -> list[int]:
     """Indices of k examples of each class, drawn without replacement, in an order that the seed shuffles too.
 
     Raises:
-        ValueError: k below 0, or over the number of examples of a class.
+        ValueError: no examples, k below 0, or k over the number of examples of a class.
     """
-    if k < 0:
-        raise ValueError(f"k must be 0 or more, got {k}")
+    if k < 0 or not labels:
+        raise ValueError(f"k must be 0 or more, and some examples there to draw from: got k={k}, {len(labels)} labels")
     rng = np.random.RandomState(seed)
     classes: dict[Hashable, list[int]] = defaultdict(list)
     for i, label in enumerate(labels):

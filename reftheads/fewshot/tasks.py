@@ -117,15 +117,15 @@ def _read(name: str, path: Path) -> list[Example]:
         return [_example(name, json.loads(line)) for line in lines]
     if name == "qa":
         return list(_babi(lines))
-    pairs = [line.split("||", 1) if name == "summary" else line.split(" ", 1)[::-1] for line in lines]
-    return [_example(name, {"input": first, "answer": second}) for first, second in pairs]
+    pairs = [_parts(line, "||") if name == "summary" else _parts(line, " ")[::-1] for line in lines]
+    return [_example(name, {"input": given, "answer": answer}) for given, answer in pairs]
 
 
 def _babi(lines: Sequence[str]) -> Iterator[Example]:
     """Each question with the story up to it; a line is a number, a text and, of a question, a tab and the answer."""
     story: list[str] = []
     for line in lines:
-        number, text = line.split(" ", 1)
+        number, text = _parts(line, " ")
         if number == "1":
             story = []
         question, *rest = text.split("\t")
@@ -133,6 +133,13 @@ def _babi(lines: Sequence[str]) -> Iterator[Example]:
             yield Example(" ".join([*story, question.strip()]), tuple(rest[0].strip().split(",")))
         else:
             story.append(text.strip())
+
+
+def _parts(line: str, mark: str) -> tuple[str, str]:
+    first, found, second = line.partition(mark)
+    if not found:
+        raise ValueError(f"the line {line!r} has no {mark!r} between two parts: see load_task for the forms it reads")
+    return first, second
 
 
 def _example(name: str, row: Mapping[str, Any]) -> Example:
