@@ -182,7 +182,7 @@ def generation_speed(layers: int = 8, width: int = 256, new_tokens: int = 64, re
     Console().print(table)
 
 
-def import_time(repeats: int = 5) -> None:
+def import_time(repeats: int = 3) -> None:
     """Seconds that `import reftheads` takes after torch, transformers and peft. Target: at most 0.3 s."""
     program = (
         "import torch, transformers, peft, time; start = time.perf_counter(); import reftheads; "

@@ -29,6 +29,7 @@ from reftheads.lora import LoRA
 from reftheads.model import WEIGHTS, InterventionModel
 from reftheads.nodes import Node
 from reftheads.plan import PlannedNode
+from reftheads.presets import lora_name
 from reftheads.tuner import InterventionConfig
 
 _PREFIX = "base_model.model."
@@ -110,7 +111,7 @@ def from_peft_lora(
         alpha = patterns.get(get_pattern_key(list(patterns), module), config.lora_alpha)
         alpha = alpha * rank**0.5 if config.use_rslora else alpha
         dtype = str(pair["A"].dtype).removeprefix("torch.")
-        name = f"lora_{module.replace('.', '_')}"
+        name = lora_name(module)
         nodes.append(Node(LoRA(rank, alpha, config.lora_dropout, dtype), component=module, name=name))
         weights[name] = pair
     graph_config = InterventionConfig(
