@@ -3,7 +3,7 @@
     python recipes/compare_few_shot.py --task rating --data FOLDER_OR_HUB_ID --models ENCODER --ks 1,8,64,128
     python recipes/compare_few_shot.py --task qa --data FOLDER --models tiny-chat --ks 0,1,8
 
-Each mode first gets the learning rate that does best on the examples of an extra seed, trained on one half of them and
+Each mode first gets the learning rate that does best on examples of a seed of its own, trained on one half of them and
 evaluated on the other. The rates of a mode that adds nodes to a frozen model are tried side by side, in one pass over
 it a step (`rh.sweep`); how much faster that is than one by one is measured. Then the cells are run as by
 few_shot_finetune.py and in_context.py, which keep them under OUT/ft and OUT/icl.
@@ -11,6 +11,7 @@ few_shot_finetune.py and in_context.py, which keep them under OUT/ft and OUT/icl
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from contextlib import redirect_stdout
@@ -70,24 +71,23 @@ def in_turn(args: argparse.Namespace, task: fs.Task, model: str, mode: str, rate
 
 
 def halves(args: argparse.Namespace, task: fs.Task, model, tokenizer) -> tuple[list[dict], list[dict]]:
-    examples = ft.support_of(task, args.choose_k, seed=max(args.seeds) + 1)
+    examples = ft.support_of(task, args.choose_k, args.choose_seed)
     rows = ft.encode(tokenizer, task, examples, not model.can_generate(), args.max_length)
     return rows[::2], rows[1::2]
 
 
 def choose(args: argparse.Namespace, task: fs.Task, model: str, mode: str) -> dict:
     """The learning rate with the least loss, out of the usual one and its neighbours."""
-    rates = [float(f"{ft.rate_of(mode) * factor:.2g}") for factor in args.factors]
-    if not mode.startswith(GRAPHS):
+    rates, times = [float(f"{ft.rate_of(mode) * factor:.2g}") for factor in args.factors], {}
+    if mode.startswith(GRAPHS):
+        losses, _ = side_by_side(args, task, model, mode, rates)
+        together = side_by_side(args, task, model, mode, rates, args.timed)[1]
+        alone = sum(side_by_side(args, task, model, mode, [rate], args.timed)[1] for rate in rates)
+        times = {"seconds_side_by_side": together, "seconds_in_turn": alone, "speed_up": alone / together}
+    else:
         losses = in_turn(args, task, model, mode, rates)
-        return {"lr": min(losses, key=losses.__getitem__), "losses": list(losses.values()), "rates": rates}
-    losses, _ = side_by_side(args, task, model, mode, rates)
-    together = side_by_side(args, task, model, mode, rates, args.timed)[1]
-    alone = sum(side_by_side(args, task, model, mode, [rate], args.timed)[1] for rate in rates)
-    return {
-        "lr": min(losses, key=losses.__getitem__), "losses": list(losses.values()), "rates": rates,
-        "seconds_side_by_side": together, "seconds_in_turn": alone, "speed_up": alone / together,
-    }  # fmt: skip
+    best = min(rates, key=lambda rate: (math.isnan(losses[rate]), losses[rate]))
+    return {"lr": best, "losses": list(losses.values()), "rates": rates, **times}
 
 
 def main() -> None:
@@ -95,17 +95,20 @@ def main() -> None:
     ft.training_options(parser)
     icl.prompt_options(parser)
     numbers = {"type": lambda text: [float(n) for n in text.split(",")]}
-    parser.set_defaults(modes=["all", "first", "middle", "last", "lora4", "lora8", "loreft4", "bitfit", "probe"])
     parser.add_argument("--factors", default=[0.3, 1, 3], help="of a mode's usual learning rate, to try", **numbers)
     parser.add_argument("--choose-k", type=int, default=16, help="examples of each class to choose the rates with")
+    parser.add_argument("--choose-seed", type=int, default=1000, help="draws them; none of --seeds")
     parser.add_argument("--timed", type=int, default=10, help="steps by which side by side and in turn are compared")
     args, task = ft.read(parser)
-    pairs = [{"model": model, "mode": mode} for model in args.models for mode in args.modes]
-    names = ("task", "data", "factors", "choose_k", "timed", "steps", "epochs", "batch", "max_length", "head_lr")
-    study = fs.Study(args.out / "rates" / task.name, **{name: getattr(args, name) for name in names})
+    if args.choose_seed in args.seeds:
+        parser.error(f"--choose-seed {args.choose_seed} is one of --seeds: rates would be chosen on what is measured")
+    pairs = ft.pairs_of(args, task)
+    names = "task", "data", "factors", "choose_k", "choose_seed", "timed", "steps", "epochs", "batch", "max_length"
+    study = fs.Study(args.out / "rates" / task.name, **{name: getattr(args, name) for name in (*names, "head_lr")})
     chosen = study.run(pairs, lambda **pair: choose(args, task, **pair))
-    results = ft.fine_tune(args, task, {(found["model"], found["mode"]): found["lr"] for found in chosen})
-    if all(rh.load_base(model)[0].can_generate() for model in args.models):
+    results = ft.fine_tune(args, task, chosen)
+    args.models = [model for model in args.models if rh.load_base(model)[0].can_generate()]
+    if args.models:
         shown = icl.in_context(args, task)
         results += [{**cell, "mode": f"in context, {cell['format']}", "lr": None, "trained": 0} for cell in shown]
 

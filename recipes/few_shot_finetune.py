@@ -17,7 +17,6 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -34,6 +33,7 @@ RATES = {
     "all": 5e-5, "first": 1e-4, "middle": 1e-4, "last": 1e-4, "lora": 2e-3, "loreft": 5e-3, "bitfit": 1e-3,
     "head": 1e-3, "probe": 1e-2,
 }  # fmt: skip
+MODES = ["all", "last", "lora4", "loreft4"]
 
 
 def rate_of(mode: str) -> float:
@@ -44,7 +44,7 @@ def rate_of(mode: str) -> float:
 def support_of(task: fs.Task, k: int, seed: int) -> list[fs.Example]:
     """k examples of each class; k in all where answers are free text."""
     labels = [example.answer if task.labels else "" for example in task.train]
-    return [task.train[i] for i in fs.k_shot(labels, k, seed=seed)]
+    return [task.train[i] for i in fs.k_shot(labels, k, seed=seed, classes=task.labels)]
 
 
 def tests_of(task: fs.Task, count: int) -> list[fs.Example]:
@@ -55,22 +55,23 @@ def encode(tokenizer, task: fs.Task, examples: list[fs.Example], classify: bool,
     if classify:
         ids = tokenizer([e.input for e in examples], truncation=True, max_length=max_length)["input_ids"]
         return [{"input_ids": i, "label": task.labels.index(e.answer)} for i, e in zip(ids, examples, strict=True)]
-    prompts = [fs.icl_prompts([], [], example.input, task.format) for example in examples]
+    prompts = fs.icl_prompts([], [], [example.input for example in examples], task.format)
     return rh.encode_pairs(tokenizer, prompts, [f" {e.answer}" for e in examples], max_length=max_length)
 
 
-def answers_of(model, tokenizer, task: fs.Task, prompts: list[str], batch: int, last: int = 0) -> list[str]:
-    """The likeliest label of each prompt; without labels the text that follows its last tokens (0: all of them)."""
+def answers_of(model, tokenizer, task: fs.Task, prompts: list, batch: int, max_length: int | None = None) -> list[str]:
+    """The likeliest label of each prompt; without labels the line that follows it. Longer prompts lose their left."""
     if task.labels:
-        scores = fs.score_labels(model, tokenizer, prompts, task.labels, normalise=True, batch_size=batch)
+        options = {"normalise": True, "batch_size": batch, "max_length": max_length}
+        scores = fs.score_labels(model, tokenizer, prompts, task.labels, **options)
         return [task.labels[i] for i in scores.argmax(1).tolist()]
     stop = [tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]]
-    found = []
-    for at in range(0, len(prompts), batch):
-        rows = [fs.encode_prompt(tokenizer, prompt)[-last:] for prompt in prompts[at : at + batch]]
-        found += fs.greedy_sample(model, rows, stop, task.max_tokens)
-    texts = [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
-    return [text.split(".")[0] for text in texts] if task.format == "qa" else texts
+    room = max_length - task.max_tokens if max_length else 0
+    rows = [fs.encode_prompt(tokenizer, prompt)[-room:] for prompt in prompts]
+    found = fs.greedy_sample(model, rows, stop, task.max_tokens, batch_size=batch)
+    # a token may hold the end of a line and more
+    lines = [text.strip().split("\n")[0] for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
+    return [line.split(".")[0] for line in lines] if task.format == "qa" else lines
 
 
 def build(args: argparse.Namespace, task: fs.Task, model: str, mode: str):
@@ -120,17 +121,28 @@ def measure(args: argparse.Namespace, task: fs.Task, model: str, mode: str, lr: 
         predicted = rh.predict(tuned, tokenizer, encode(tokenizer, task, tests, True, args.max_length))["head"]
         answers = [task.labels[i] for i in predicted.argmax(1).tolist()]
     else:
-        prompts = [fs.icl_prompts([], [], example.input, task.format) for example in tests]
-        answers = answers_of(tuned, tokenizer, task, prompts, args.batch, args.max_length - task.max_tokens)
+        prompts = fs.icl_prompts([], [], [example.input for example in tests], task.format)
+        answers = answers_of(tuned, tokenizer, task, prompts, args.batch, args.max_length)
     score = task.score(answers, [example.answers for example in tests])
     return {"score": score, "trained": trained, "seconds": round(seconds, 2)}
 
 
-def fine_tune(args: argparse.Namespace, task: fs.Task, rates: Mapping[tuple[str, str], float]) -> list[dict]:
-    """Results of all modes, each with its learning rate for a model."""
+def pairs_of(args: argparse.Namespace, task: fs.Task) -> list[dict]:
+    """The models with their modes. Each is built once, so that one that cannot be is an error before all the work."""
+    pairs = []
+    for model in args.models:
+        usual = MODES if rh.load_base(model)[0].can_generate() else [*MODES, "probe"]
+        pairs += [{"model": model, "mode": mode} for mode in args.modes or usual]
+    for pair in pairs:
+        build(args, task, **pair)
+    return pairs
+
+
+def fine_tune(args: argparse.Namespace, task: fs.Task, rated: list[dict]) -> list[dict]:
+    """Results of all k and seeds of each model with a mode and its learning rate."""
     cells = [
-        {"model": model, "mode": mode, "lr": rates[model, mode], "k": k, "seed": seed}
-        for seed in args.seeds for model in args.models for mode in args.modes for k in args.ks
+        {**{name: found[name] for name in ("model", "mode", "lr")}, "k": k, "seed": seed}
+        for seed in args.seeds for found in rated for k in args.ks
     ]  # fmt: skip
     names = ("task", "data", "tests", "steps", "epochs", "batch", "max_length", "head_lr", "stop")
     study = fs.Study(args.out / "ft" / task.name, **{name: getattr(args, name) for name in names})
@@ -164,11 +176,14 @@ def read(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, fs.Task]:
     args.data = args.data or HUB[args.task]
     task = fs.load_task(args.task, args.data)
     args.tests = min(args.tests, len(task.test))
+    if args.max_length <= task.max_tokens:
+        parser.error(f"--max-length {args.max_length} leaves no room for a prompt before {task.max_tokens} new tokens")
     return args, task
 
 
 def training_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--modes", type=lambda text: text.split(","), default=["all", "last", "lora4", "loreft4"])
+    default = f"(default: {','.join(MODES)}, and probe of encoders)"
+    parser.add_argument("--modes", type=lambda text: text.split(","), help=f"see reftheads.fewshot {default}")
     parser.add_argument("--steps", type=int, default=30, help="of training, at least")
     parser.add_argument("--epochs", type=int, default=3, help="at least")
     parser.add_argument("--head-lr", type=float, default=1e-2)
@@ -180,8 +195,7 @@ def main() -> None:
     training_options(parser)
     parser.add_argument("--lr", type=float, help="default: by mode")
     args, task = read(parser)
-    rates = {(model, mode): args.lr or rate_of(mode) for model in args.models for mode in args.modes}
-    results = fine_tune(args, task, rates)
+    results = fine_tune(args, task, [pair | {"lr": args.lr or rate_of(pair["mode"])} for pair in pairs_of(args, task)])
     title = f"{task.name}, {args.tests} tests: mean ± deviation of {len(args.seeds)} seeds"
     Console().print(fs.table_of(results, ["model", "mode", "trained"], "k", title=title))
     fs.plot(results, args.out / f"ft_{task.name}.png", ["model", "mode"], title=title)

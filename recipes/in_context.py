@@ -3,8 +3,8 @@
     python recipes/in_context.py --task qa --data FOLDER_OR_HUB_ID --models tiny-chat,gpt2-medium --formats qa,none
     python recipes/in_context.py --task rating --data FOLDER --formats rating,chat --order global
 
-All tests of a seed see the same examples in the same order, so that what they have in common is computed once. Each
-cell is a file under OUT/icl/TASK, as in few_shot_finetune.py.
+All tests of a seed see the same examples in the same order, as many as fit into the context before the longest of them,
+so that what they have in common is computed once. Each cell is a file under OUT/icl/TASK, as in few_shot_finetune.py.
 """
 
 import argparse
@@ -21,25 +21,24 @@ import reftheads.fewshot as fs
 
 def in_order(args: argparse.Namespace, model, tokenizer, task: fs.Task, support: list, form: str, seed: int) -> list:
     """The examples as they are drawn, or in the order of most entropy over a few other inputs."""
-    if args.order == "random" or len(support) < 2 or not task.labels:
+    if args.order == "random" or len(support) < 2:
         return support
     probes = [example.input for example in task.train[: args.probes]]
 
     def predict(order) -> torch.Tensor:
-        shown = [support[i] for i in order]
-        prompts = [prompt_of(args, model, tokenizer, task, shown, probe, form) for probe in probes]
+        prompts = prompts_of(args, model, tokenizer, task, [support[i] for i in order], probes, form)
         return fs.score_labels(model, tokenizer, prompts, task.labels, batch_size=args.batch).softmax(1)
 
     rng = np.random.RandomState(seed)
     return [support[i] for i in fs.order_by_entropy(len(support), predict, by=args.order, tried=8, rng=rng)]
 
 
-def prompt_of(args, model, tokenizer, task: fs.Task, support: list[fs.Example], test: str, form: str):
-    context = min(args.context or model.config.max_position_embeddings, model.config.max_position_embeddings)
-    return fs.icl_prompts(
-        [example.input for example in support], [example.answer for example in support], test, form,
-        shuffle=False, tokenizer=tokenizer, budget=context - task.max_tokens,
-    )  # fmt: skip
+def prompts_of(args, model, tokenizer, task: fs.Task, support: list, tests: list[str], form: str) -> list:
+    limits = (args.context, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    context = min((limit for limit in limits if limit), default=2048)
+    inputs, answers = [example.input for example in support], [example.answer for example in support]
+    options = {"tokenizer": tokenizer, "budget": context - task.max_tokens}
+    return fs.icl_prompts(inputs, answers, tests, form, shuffle=False, **options)
 
 
 def measure(args: argparse.Namespace, task: fs.Task, model: str, format: str, k: int, seed: int) -> dict:
@@ -48,7 +47,7 @@ def measure(args: argparse.Namespace, task: fs.Task, model: str, format: str, k:
     tests = tests_of(task, args.tests)
     support = in_order(args, base, tokenizer, task, support_of(task, k, seed), format, seed)
     began = time.perf_counter()
-    prompts = [prompt_of(args, base, tokenizer, task, support, example.input, format) for example in tests]
+    prompts = prompts_of(args, base, tokenizer, task, support, [example.input for example in tests], format)
     answers = answers_of(base, tokenizer, task, prompts, args.batch)
     score = task.score(answers, [example.answers for example in tests])
     seconds = round(time.perf_counter() - began, 2)
@@ -57,6 +56,8 @@ def measure(args: argparse.Namespace, task: fs.Task, model: str, format: str, k:
 
 def in_context(args: argparse.Namespace, task: fs.Task) -> list[dict]:
     """Results of all formats."""
+    if args.order != "random" and not task.labels:
+        raise ValueError(f"--order {args.order} goes by the probabilities of labels, and {task.name} has none")
     cells = [
         {"model": model, "format": form, "k": k, "seed": seed}
         for seed in args.seeds for model in args.models for form in args.formats or [task.format, "custom"]

@@ -2,7 +2,7 @@
 
 A row is a dict of lists: `input_ids`, `attention_mask`, `labels` with -100 wherever nothing is to be
 learnt, and `prompt_mask`, which says where the prompt is. Prompt and answer are tokenised apart, so that
-the prompt's tokens in training are those of generation.
+the prompt's tokens in training are those of generation, and the answer as what goes on behind a text.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def encode_pairs(
 
     Args:
         prompts: tokenised with the tokenizer's special tokens, such as BOS.
-        answers: tokenised without them.
+        answers: tokenised without them, and just as they go on: most need a space at their beginning.
         add_eos: ends each answer with the tokenizer's EOS token.
         max_length: cuts longer rows at the left of the prompt, never in the answer, and warns how many.
 
@@ -60,7 +60,7 @@ def encode_pairs(
         raise ValueError("no pairs to encode: give at least one prompt and its answer")
     end = [tokenizer.eos_token_id] if add_eos and tokenizer.eos_token_id is not None else []
     prompt_ids = tokenizer(prompts)["input_ids"]
-    answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    answer_ids = encode_continuations(tokenizer, answers)
     return _rows(prompt_ids, [[*ids, *end] for ids in answer_ids], max_length)  # type: ignore[arg-type]
 
 
@@ -87,7 +87,7 @@ def encode_chat(
         raise ValueError("this tokenizer has no chat template: use encode_pairs with prompts of your own form")
     if not conversations:
         raise ValueError("no conversations to encode: give at least one")
-    prompt_ids, answer_ids = [], []
+    prompts, answers = [], []
     for conversation in conversations:
         messages = list(conversation)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
@@ -101,9 +101,25 @@ def encode_chat(
         assert isinstance(prompt, str) and isinstance(whole, str)
         # a template that rewrites earlier turns once there is an answer has no common beginning
         answer = whole[len(prompt) :] if whole.startswith(prompt) else f"{last['content']}{tokenizer.eos_token or ''}"
-        prompt_ids.append(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        answer_ids.append(tokenizer(answer.rstrip("\n"), add_special_tokens=False)["input_ids"])
-    return _rows(prompt_ids, answer_ids, max_length)
+        prompts.append(prompt)
+        answers.append(answer.rstrip("\n"))
+    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    return _rows(prompt_ids, encode_continuations(tokenizer, answers), max_length)  # type: ignore[arg-type]
+
+
+def encode_continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of texts that go on behind others, without special tokens.
+
+    SentencePiece's tokenizers put a space before every text that they are given; behind a line break they do not.
+    """
+    before: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+    alone = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    behind = tokenizer([f"\n{text}" for text in texts], add_special_tokens=False)["input_ids"]
+    # a tokenizer may make one token of the line break and what follows
+    return [
+        ids[len(before) :] if ids[: len(before)] == before else own  # type: ignore[misc]
+        for ids, own in zip(behind, alone, strict=True)  # type: ignore[arg-type]
+    ]
 
 
 def _rows(prompts: list[list[int]], answers: list[list[int]], max_length: int | None) -> list[dict[str, list[int]]]:

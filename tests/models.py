@@ -1,5 +1,6 @@
 """Tiny random models for tests; each call gives a new one with the same weights."""
 
+import tokenizers
 import torch
 import transformers as tf
 
@@ -77,3 +78,18 @@ def tiny_bart(**options) -> tf.BartForConditionalGeneration:
         decoder_start_token_id=2, bos_token_id=1, eos_token_id=2, pad_token_id=0, forced_eos_token_id=None,
     )  # fmt: skip
     return tf.BartForConditionalGeneration(tf.BartConfig(**config | options)).eval()
+
+
+def word_tokenizer() -> tf.PreTrainedTokenizerFast:
+    """A word a token: a to z, `</s>`, `<pad>` and the marks of a simple chat template."""
+    words = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", "<user>", "<assistant>"]
+    levels = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    made = tokenizers.Tokenizer(levels)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<user>", "<assistant>"],
+    )

@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import reftheads as rh
 from reftheads.data import complete, prompts_only
@@ -74,6 +76,33 @@ def test_a_chat_needs_a_template_and_an_answer(tokenizer):
             rh.encode_chat(tokenizer, [conversation])
     with pytest.raises(ValueError, match="no conversations"):
         rh.encode_chat(tokenizer, [])
+
+
+def made(model, pre_tokenizer=None) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(model)
+    if pre_tokenizer:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def test_answers_go_on_behind_their_prompts_where_every_text_of_its_own_begins_with_a_space():
+    words = ["</s>", "<unk>", "▁", "▁a", "▁big", "▁dog", "big", "\n"]
+    unigram = models.Unigram([(word, -float(word == "<unk>")) for word in words], unk_id=1)
+    tokenizer = made(unigram, pre_tokenizers.Metaspace(prepend_scheme="always"))
+    row = rh.encode_pairs(tokenizer, ["a"], [" big dog"], add_eos=False)[0]
+    assert row["input_ids"] == tokenizer("a big dog")["input_ids"] and row["labels"][0] == -100
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["▁a", "▁big", "▁dog"]
+    glued = rh.encode_pairs(tokenizer, ["a"], ["big"], add_eos=False)[0]
+    assert tokenizer.convert_ids_to_tokens(glued["input_ids"]) == ["▁a", "big"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("big")["input_ids"]) == ["▁big"]
+
+
+def test_prompts_end_where_they_end_in_generation_though_a_tokenizer_would_merge_across():
+    vocabulary = {word: i for i, word in enumerate(["</s>", "a", "b", "ab", "\n", "\nb"])}
+    tokenizer = made(models.BPE(vocabulary, [("a", "b"), ("\n", "b")]))
+    assert tokenizer("ab")["input_ids"] == [3] and tokenizer("\nb")["input_ids"] == [5]
+    row = rh.encode_pairs(tokenizer, ["a"], ["b"])[0]
+    assert row["input_ids"] == [1, 2, 0] and row["prompt_mask"] == [1, 0, 0] and row["labels"] == [-100, 2, 0]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

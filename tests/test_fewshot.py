@@ -2,19 +2,23 @@
 
 import json
 import os
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
+from filelock import Timeout
 from hypothesis import given
 from hypothesis import strategies as st
-from models import randomise, tiny_bart, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_t5
+from models import randomise, tiny_bart, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_t5, word_tokenizer
+from peft import PeftModel
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 import reftheads as rh
@@ -133,6 +137,19 @@ def test_quantised_weights_are_not_trained_and_what_stands_beside_them_is():
     model = fs.fine_tuning_model(base, "loreft2", HEAD)
     assert not any(p.requires_grad for p in base.model.layers[0].parameters())
     assert all(p.requires_grad for p in model.node("head").parameters())
+
+
+def test_blocks_without_attention_get_lora_too_and_biases_count_under_whatever_name():
+    base = recurrent_lfm2()
+    model = fs.fine_tuning_model(base, "lora2")
+    beside = {str(node.name) for node in model.tuner.layer.plans["default"].graph.nodes}
+    assert "lora_model_layers_0_conv_in_proj" in beside and "lora_model_layers_1_self_attn_out_proj" not in beside
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    deberta = tf.DebertaModel(tf.DebertaConfig(**shape, vocab_size=40))
+    names = {name for name, p in deberta.named_parameters() if p in set(fs.parameters_to_fine_tune(deberta, "bitfit"))}
+    assert names == {name for name, _ in deberta.named_parameters() if name.endswith("bias")} and any(
+        name.endswith("q_bias") for name in names
+    )
 
 
 def test_no_biases_are_an_error():
@@ -260,11 +277,27 @@ def test_pairs_stay_together_in_one_permutation_that_the_seed_decides(pairs, see
 
 def test_a_budget_leaves_out_the_first_examples_and_says_how_many(tokenizer):
     options = {"format": "none", "shuffle": False, "tokenizer": tokenizer}
-    with pytest.warns(UserWarning, match="left out 2 of 3 examples, so that the prompt fits into 4 tokens"):
+    with pytest.warns(UserWarning, match="left out 2 of 3 examples, so that prompts fit into 4 tokens"):
         assert fs.icl_prompts(["a", "b", "c"], ["x", "y", "z"], "d", budget=4, **options) == "c z d"
     assert fs.icl_prompts(["a"], ["x"], "d", budget=3, **options) == "a x d"
-    with pytest.raises(ValueError, match="alone makes a prompt of 3 tokens, over the budget of 2"):
+    with pytest.raises(ValueError, match="alone makes a prompt of 3 tokens, over the budget of 2: shorten it"):
         fs.icl_prompts(["a"], ["x"], "d e f", budget=2, **options)
+    with pytest.raises(ValueError, match="tokenizer and budget together"):
+        fs.icl_prompts(["a"], ["x"], "d", budget=2)
+
+
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4), k=st.integers(0, 6), budget=st.integers(5, 24))
+def test_prompts_of_several_tests_show_the_same_examples_as_many_as_fit_before_the_longest(lengths, k, budget):
+    tokenizer, tests = word_tokenizer(), [" ".join("t" * n) for n in lengths]
+    support, labels = [f"a {letter}" for letter in "bcdefg"[:k]], ["x"] * k
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prompts = fs.icl_prompts(support, labels, tests, "none", shuffle=False, tokenizer=tokenizer, budget=budget)
+    room = min(k, (budget - max(lengths)) // 3)
+    assert prompts == fs.icl_prompts(support[k - room :], labels[k - room :], tests, "none", shuffle=False)
+    assert prompts == [
+        fs.icl_prompts(support[k - room :], labels[k - room :], test, "none", shuffle=False) for test in tests
+    ]
 
 
 def test_prompts_that_cannot_be_made_are_errors():
@@ -295,6 +328,10 @@ def test_examples_can_only_be_drawn_where_there_are_some():
     for labels, k in (([], 1), (["a"], -1)):
         with pytest.raises(ValueError, match="k must be 0 or more, and some examples there to draw from"):
             fs.k_shot(labels, k)
+    with pytest.raises(ValueError, match="class 'b' has 0 of them: take a smaller k"):
+        fs.k_shot(["a"], 1, classes=["a", "b"])
+    with pytest.raises(ValueError, match="the label 'c' is none of the classes 'a', 'b'"):
+        fs.k_shot(["a", "c"], 1, classes=["a", "b"])
 
 
 def test_the_order_with_the_largest_entropy_is_found():
@@ -359,8 +396,12 @@ def test_greedy_answers_are_those_of_generate_without_prompt_and_end(make, edite
 def test_what_rows_begin_with_is_computed_once():
     model, lengths = tiny_llama().eval(), []
     model.model.layers[0].register_forward_hook(lambda m, args, out: lengths.append(tuple(args[0].shape[:2])))
-    fs.greedy_sample(model, [[5] * 20 + row for row in ROWS], [], 2)
+    begun = [[5] * 20 + row for row in ROWS]
+    whole = fs.greedy_sample(model, begun, [], 2)
     assert lengths == [(1, 22), (3, 4), (3, 1)]
+    lengths.clear()
+    assert fs.greedy_sample(model, begun, [], 2, batch_size=2) == whole
+    assert lengths == [(1, 22), (2, 2), (2, 1), (1, 4), (1, 1)]
 
 
 def test_prompts_over_the_context_are_an_error(tokenizer):
@@ -380,9 +421,9 @@ def test_rows_that_are_empty_are_an_error():
 
 @pytest.mark.parametrize("make", [tiny_t5, bert])
 def test_models_that_are_no_decoders_are_an_error(tokenizer, make):
-    with pytest.raises(ValueError, match="and this (t5|bert) is none: take another model"):
+    with pytest.raises(ValueError, match="this (t5|bert) is none: take another model"):
         fs.greedy_sample(make(), [[5]], [], 1)
-    with pytest.raises(ValueError, match="and this (t5|bert) is none: take another model"):
+    with pytest.raises(ValueError, match="this (t5|bert) is none: take another model"):
         fs.score_labels(make(), tokenizer, ["a"], ["x"])
 
 
@@ -401,7 +442,7 @@ def test_scores_are_the_sums_of_log_probabilities(tokenizer, make, edited):
         for j, label in enumerate(labels):
             ids, end = (tokenizer(text)["input_ids"] for text in (prompt, label))
             given = {"prompt_mask": torch.tensor([[1] * len(ids) + [0] * len(end)])} if edited else {}
-            log_p = model(torch.tensor([ids + end]), **given).logits[0].log_softmax(-1)
+            log_p = model(torch.tensor([ids + end]), **given).logits[0].detach().log_softmax(-1)
             expected = sum(float(log_p[len(ids) - 1 + t, token]) for t, token in enumerate(end))
             assert float(scores[i, j]) == pytest.approx(expected, abs=1e-5)
             assert float(means[i, j]) == pytest.approx(expected / len(end), abs=1e-5)
@@ -418,8 +459,42 @@ def test_labels_answer_a_conversation_where_its_template_begins_the_answer(token
     assert fs.score_labels(model, tokenizer, [turns, "a x b y"], ["x", "y"]).shape == (2, 2)
 
 
-def test_labels_without_tokens_are_an_error(tokenizer):
-    with pytest.raises(ValueError, match="labels with a token each"):
+def test_scores_of_prompts_that_are_cut_are_those_of_what_is_left(tokenizer):
+    model = tiny_llama(vocab_size=40, initializer_range=0.5)
+    cut = fs.score_labels(model, tokenizer, ["a b c d", "e"], ["x", "y z"], max_length=4)
+    torch.testing.assert_close(cut, fs.score_labels(model, tokenizer, ["c d", "e"], ["x", "y z"]))
+    with pytest.raises(ValueError, match="max_length=2 leaves no room for a prompt before the longest label"):
+        fs.score_labels(model, tokenizer, ["a"], ["y z"], max_length=2)
+
+
+@pytest.mark.parametrize("positions", ["l1", "l1+generated", "f1+l1"])
+def test_a_graph_is_seen_in_whatever_model_holds_it(tokenizer, tmp_path, positions):
+    model = rh.InterventionModel(
+        tiny_llama(vocab_size=40, initializer_range=0.5),
+        rh.InterventionGraph(rh.Node(rh.LoReFT(rank=2), 1, positions=positions)),
+    ).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(tiny_llama(vocab_size=40, initializer_range=0.5), str(tmp_path))
+    assert not isinstance(plain, rh.InterventionModel)
+    answers, scores = (
+        [f(some) for some in (model, plain, model.get_base_model())]
+        for f in (
+            lambda some: fs.greedy_sample(some, ROWS, [], 5),
+            lambda some: fs.score_labels(some, tokenizer, ["a b", "a b c d"], ["x", "y z"]),
+        )
+    )
+    assert answers[0] == answers[1] == answers[2]
+    torch.testing.assert_close(scores[1], scores[0])
+    torch.testing.assert_close(scores[2], scores[0])
+
+
+def test_prompts_or_labels_without_tokens_are_an_error(tokenizer):
+    with pytest.raises(ValueError, match=r"each with a token: got prompts of \[0, 1\] tokens"):
+        fs.score_labels(tiny_llama(vocab_size=40), tokenizer, ["", "a"], ["x"])
+    with pytest.raises(ValueError, match="takes lists of prompts and labels, got a text"):
+        fs.score_labels(tiny_llama(vocab_size=40), tokenizer, "abc", ["x"])
+    with pytest.raises(ValueError, match="one label, each with a token: got prompts of"):
         fs.score_labels(tiny_llama(vocab_size=40), tokenizer, ["a"], ["x", ""])
 
 
@@ -434,12 +509,13 @@ def test_tasks_are_read_from_their_own_forms_and_from_tables(tmp_path):
 
     qa = tmp_path / "qa"
     qa.mkdir()
-    story = "1 Mary went home.\n2 Where is Mary? \thome,house\t1\n3 Mary left.\n4 Who left? \tMary\t3\n"
+    story = "1 Mary went home.\n2 Where is Mary? \tmilk,football\t1\n3 Mary left.\n4 Who left? \tMary\t3\n"
     story += "1 New.\n2 What? \tnew\t1\n"
     for split in ("train", "test"):
         (qa / f"qa1_{split}.txt").write_text(story)
+    (qa / "latest.txt").write_text("neither of the two")
     examples = fs.load_task("qa", str(qa)).train
-    assert examples[0] == ("Mary went home. Where is Mary?", ("home", "house"))
+    assert examples[0] == ("Mary went home. Where is Mary?", ("milk, football",))  # a list is one answer
     assert [e.input for e in examples[1:]] == ["Mary went home. Mary left. Who left?", "New. What?"]
 
     pairs = tmp_path / "e2e.txt"
@@ -482,18 +558,51 @@ def test_tasks_that_cannot_be_read_are_errors(tmp_path):
     with pytest.raises(ValueError, match="the rating '7' is neither 0 to 4 nor one of terrible, bad"):
         fs.load_task("rating", str(tmp_path / "x.csv"))
     (tmp_path / "y.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="a row has the columns a, b: rename them"):
+    with pytest.raises(ValueError, match="a row has no input or no answer under these names, but {'a': '1'"):
         fs.load_task("qa", str(tmp_path / "y.csv"))
     (tmp_path / "z.jsonl").write_text("")
     (tmp_path / "stsa.train").write_text("3 fine\nfine\n")
     with pytest.raises(ValueError, match="the line 'fine' has no ' ' between two parts"):
         fs.load_task("rating", str(tmp_path / "stsa.train"))
+    (tmp_path / "broken.jsonl").write_text('{"input": ')
+    with pytest.raises(ValueError, match="broken.jsonl is not JSON lines: Expecting value"):
+        fs.load_task("qa", str(tmp_path / "broken.jsonl"))
+    for answer in (None, []):
+        (tmp_path / "none.jsonl").write_text(json.dumps({"input": "a", "answer": answer}))
+        with pytest.raises(ValueError, match="a row has no input or no answer under these names, but {'input': 'a'"):
+            fs.load_task("qa", str(tmp_path / "none.jsonl"))
+    two = tmp_path / "two"
+    two.mkdir()
+    for file in ("a.train", "b.train", "a.test"):
+        (two / file).write_text("3 fine\n")
+    with pytest.raises(ValueError, match="has several files for train, a.train, b.train: leave one there"):
+        fs.load_task("rating", str(two))
     with pytest.raises(ValueError, match="no examples for train"):
         fs.load_task("qa", str(tmp_path / "z.jsonl"))
 
 
+def test_tasks_come_from_the_hub_too(monkeypatch):
+    rows = {
+        "qa": [{"passage": "Mary left.", "question": "Who left?", "answer": "Mary"}],
+        "rating": [{"text": "fine", "label": 3, "label_text": "positive"}],
+        "summary": [{"document": "A long text.", "summary": "A text.", "id": "1"}],
+    }
+    expected = {"qa": "Mary left. Who left?", "rating": "fine", "summary": "A long text."}
+    for name, some in rows.items():
+        made = datasets.DatasetDict({split: datasets.Dataset.from_list(some) for split in ("train", "test")})
+        monkeypatch.setattr(datasets, "load_dataset", lambda where, made=made: made)
+        task = fs.load_task(name, "owner/name")
+        assert task.train == task.test and task.train[0].input == expected[name]
+        assert task.train[0].answer == {"qa": "Mary", "rating": "good", "summary": "A text."}[name]
+    del made["test"]
+    with pytest.raises(ValueError, match="'owner/name' has the splits train, and train and test are needed"):
+        fs.load_task("summary", "owner/name")
+
+
 def test_scores():
-    assert fs.accuracy(["a", "b"], ["a", "c"]) == 0.5
+    assert fs.accuracy(["a", "b"], ["a", "c"]) == fs.accuracy(torch.tensor([1, 2]), torch.tensor([1, 3])) == 0.5
+    # as SQuAD's own script has it: punctuation goes without a trace, then articles do
+    assert fs.exact_match(["US", "its", "9 m", "An office!"], ["U.S.", "it's", "9 a.m.", "the office"]) == 0.75
     assert fs.exact_match(["The Hallway.", "an office", "x"], ["hallway", ("room", "Office"), "y"]) == pytest.approx(
         2 / 3
     )
@@ -571,6 +680,21 @@ def test_settings_of_a_study_stand_in_its_files_and_others_are_not_mixed_with_th
     assert results == [{**CELLS[0], "steps": 30, "score": 1}]
     with pytest.raises(ValueError, match="of another run, with {'steps': 30}: take another folder"):
         fs.Study(tmp_path, steps=60).run(CELLS[:1], lambda **cell: {"score": 2})
+
+
+def test_settings_and_scores_of_a_study_are_read_as_they_were_given(tmp_path):
+    study = fs.Study(tmp_path, factors=(0.3, 1))
+    found = study.run(CELLS[:2], lambda **cell: {"score": np.float32(0.5), "loss": torch.tensor(2.0)})
+    assert found == fs.Study(tmp_path, factors=(0.3, 1)).run(CELLS[:2], lambda **cell: pytest.fail("ran again"))
+    assert (found[0]["score"], found[0]["loss"]) == (0.5, 2)
+    with pytest.raises(ValueError, match="of another run, with {'steps': None}: take another folder"):
+        fs.Study(tmp_path, steps=60).result(CELLS[0])
+
+    def wait(**cell):
+        raise Timeout("something else")
+
+    with pytest.raises(Timeout, match="something else"):
+        study.run(CELLS[2:], wait)
 
 
 def test_two_who_run_a_study_at_the_same_time_share_its_cells(tmp_path):

@@ -312,3 +312,19 @@ def test_ways_to_learn_from_few_examples_are_compared_with_learning_rates_of_the
     assert len(before) == 2 + 2 + 1
     run("compare_few_shot.py", *given)
     assert times_of(tmp_path / "out") == before
+
+
+def test_studies_that_could_not_be_are_refused_before_they_begin(tmp_path, capsys):
+    given = few_shot_files(tmp_path)
+    with pytest.raises(ValueError, match="--order global goes by the probabilities of labels, and qa has none"):
+        run("in_context.py", *given["qa"], "--order", "global")
+    with pytest.raises(ValueError, match="mode 'probe' selects nothing in this LlamaForCausalLM"):
+        run("compare_few_shot.py", *given["qa"], "--modes", "last:1,probe")
+    for recipe, options, message in (
+        ("few_shot_finetune.py", ("--max-length", 6), "--max-length 6 leaves no room for a prompt before 6 new tokens"),
+        ("compare_few_shot.py", ("--seeds", 1, "--choose-seed", 1), "--choose-seed 1 is one of --seeds"),
+    ):
+        with pytest.raises(SystemExit):
+            run(recipe, *given["qa"], *options)
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -9,15 +9,18 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from reftheads.data import Message
-from reftheads.fewshot.prompts import encode_prompt
-from reftheads.model import InterventionModel
+from reftheads.architectures import arguments
+from reftheads.data import encode_continuations
+from reftheads.fewshot.prompts import Prompt, encode_prompt
 from reftheads.modes import evaluating
+from reftheads.runtime import Interventions
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -29,45 +32,61 @@ def greedy_sample(
     input_ids: Int[Tensor, "rows columns"] | Sequence[Sequence[int]],
     stop_tokens: Sequence[int],
     max_tokens: int,
+    *,
+    batch_size: int = 32,
 ) -> list[list[int]]:
     """The most likely next token, again and again, until a stop token or `max_tokens`: the new tokens of each row.
 
     Neither the input nor the stop token is returned. It is what `model.generate(do_sample=False)` gives with the stop
-    tokens as its `eos_token_id`. What all rows begin with is computed once, unless the model has a graph, recurrent
-    layers, or windows and rows of several lengths.
+    tokens as its `eos_token_id`, and without penalties. What all rows begin with is computed once, unless the model
+    has a graph, recurrent layers, or windows and rows of several lengths.
 
     Args:
         input_ids: rows of one length, or of several as lists.
+        batch_size: rows that are answered at the same time.
 
     Raises:
         ValueError: no rows, an empty one, `max_tokens` below 1, more tokens than the model's context has, or a model
             that is no decoder.
     """
     rows = [torch.as_tensor(row, dtype=torch.long) for row in input_ids]
-    if not rows or not all(len(row) for row in rows) or max_tokens < 1:
+    if not rows or not all(len(row) for row in rows) or min(max_tokens, batch_size) < 1:
         raise ValueError(
-            "give at least one row, each with a token, and max_tokens of 1 or more: got rows of "
-            f"{[len(row) for row in rows]} tokens and max_tokens={max_tokens}"
+            "give at least one row, each with a token, and max_tokens and batch_size of 1 or more: got rows of "
+            f"{[len(row) for row in rows]} tokens, max_tokens={max_tokens} and batch_size={batch_size}"
         )
     _check(model, max(map(len, rows)) + max_tokens - 1)
-    out: list[list[int]] = [[] for _ in rows]
+    carries = _carries(model, padded=len(set(map(len, rows))) > 1)
+    common = min(_common(rows), min(map(len, rows)) - 1) if carries else 0
+    stop = torch.tensor(list(stop_tokens), dtype=torch.long, device=model.device)
+    out: list[list[int]] = []
     with evaluating(model):
-        cache, ids, mask = _behind_common(model, rows)
-        stop = torch.tensor(list(stop_tokens), dtype=torch.long, device=ids.device)
-        alive = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
-        with _prompts_end(model, mask):
-            for _ in range(max_tokens):
-                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-                passed = model(
-                    input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-                )
-                ids = passed.logits[:, -1].argmax(-1, keepdim=True)
-                alive = alive & ~torch.isin(ids[:, 0], stop)
-                for row, token, going in zip(out, ids[:, 0].tolist(), alive.tolist(), strict=True):
-                    row += [token] if going else []
-                if not alive.any():
-                    break
-                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        cache = _cache_of(model, rows[0][:common])
+        for first in range(0, len(rows), batch_size):
+            out += _greedy(model, cache, [row[common:] for row in rows[first : first + batch_size]], stop, max_tokens)
+    return out
+
+
+def _greedy(
+    model: Any, begun: DynamicCache, rows: Sequence[Int[Tensor, " tokens"]], stop: Int[Tensor, " some"], max_tokens: int
+) -> list[list[int]]:
+    """The new tokens of a batch of rows, given the cache of what comes before them."""
+    ids = pad_sequence(list(rows), batch_first=True, padding_side="left").to(model.device)
+    real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(model.device)
+    mask = torch.cat([real.new_ones(len(rows), begun.get_seq_length()), real], 1)
+    alive, cache = torch.ones(len(rows), dtype=torch.bool, device=model.device), _repeated(begun, len(rows))
+    out: list[list[int]] = [[] for _ in rows]
+    with _prompts_end(model, mask):
+        for _ in range(max_tokens):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+            ids = model(input_ids=ids, **given, **_last(model, 1)).logits[:, -1].argmax(-1, keepdim=True)
+            alive = alive & ~torch.isin(ids[:, 0], stop)
+            for row, token, going in zip(out, ids[:, 0].tolist(), alive.tolist(), strict=True):
+                row += [token] if going else []
+            if not alive.any():
+                break
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
     return out
 
 
@@ -75,12 +94,13 @@ def greedy_sample(
 def score_labels(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Sequence[Message]],
+    prompts: Sequence[Prompt],
     labels: Sequence[str],
     *,
     normalise: bool = False,
     answer: str = " {y}",
     batch_size: int = 32,
+    max_length: int | None = None,
 ) -> Float[Tensor, "prompts labels"]:
     """Log p(label | prompt), in nats; what all prompts begin with, such as examples, is computed once.
 
@@ -89,21 +109,28 @@ def score_labels(
         normalise: divides by the number of the label's tokens, so that longer labels are not at a disadvantage.
         answer: how a label stands behind a text; behind a conversation it stands alone.
         batch_size: continuations a pass.
+        max_length: cuts longer prompts at their left, so that they have so many tokens with the longest label.
 
     Raises:
-        ValueError: no prompts or labels, a label without tokens, a prompt over the model's context, or a model that
-            is no decoder.
+        ValueError: no prompts or labels, one without tokens, a prompt over the model's context, or a model that is no
+            decoder.
     """
+    if isinstance(prompts, str) or isinstance(labels, str):
+        raise ValueError("score_labels takes lists of prompts and labels, got a text: put it into a list")
     asked = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    forms = [answer if isinstance(prompt, str) else "{y}" for prompt in prompts]
-    ends = {
-        (form, y): tokenizer(form.format(y=y), add_special_tokens=False)["input_ids"] for form in forms for y in labels
-    }
-    if not asked or not labels or not all(ends.values()):  # type: ignore[arg-type]
+    form_of = [answer if isinstance(prompt, str) else "{y}" for prompt in prompts]
+    ends = {form: encode_continuations(tokenizer, [form.format(y=y) for y in labels]) for form in set(form_of)}
+    if not asked or not labels or not all(asked) or not all(map(all, ends.values())):
         raise ValueError(
-            f"give at least one prompt, and labels with a token each: got {len(asked)} prompts, {labels!r}"
+            "give at least one prompt and one label, each with a token: got prompts of "
+            f"{[len(ids) for ids in asked]} tokens and the labels {list(labels)!r}"
         )
-    rows = [torch.tensor([*ids, *ends[form, y]]) for ids, form in zip(asked, forms, strict=True) for y in labels]  # type: ignore[misc]
+    if max_length is not None:
+        room = max_length - max(len(end) for some in ends.values() for end in some)
+        if room < 1:
+            raise ValueError(f"max_length={max_length} leaves no room for a prompt before the longest label")
+        asked = [ids[-room:] for ids in asked]
+    rows = [torch.tensor([*ids, *end]) for ids, form in zip(asked, form_of, strict=True) for end in ends[form]]
     _check(model, max(map(len, rows)))
     starts = [len(ids) for ids in asked for _ in labels]
     common = min(_common(rows), min(starts) - 1) if _carries(model) else 0
@@ -112,53 +139,52 @@ def score_labels(
         cache = _cache_of(model, rows[0][:common])
         for first in range(0, len(rows), batch_size):
             some, prompts_of = rows[first : first + batch_size], starts[first : first + batch_size]
-            log_p = _log_probabilities(model, cache, [row[common:] for row in some], [n - common for n in prompts_of])
-            scores += [
-                own[start - 1 - common : len(row) - 1 - common]
-                for own, row, start in zip(log_p, some, prompts_of, strict=True)
-            ]
+            scores += _log_p_of_ends(model, cache, [row[common:] for row in some], [n - common for n in prompts_of])
     return torch.stack([own.mean() if normalise else own.sum() for own in scores]).view(len(asked), len(labels))
 
 
-def _log_probabilities(
+def _log_p_of_ends(
     model: Any, cache: DynamicCache, rows: Sequence[Int[Tensor, " tokens"]], prompts: Sequence[int]
-) -> Float[Tensor, "rows columns-1"]:
-    """Of every token behind the first, given the cache and what comes before it in its row."""
+) -> list[Float[Tensor, " tokens"]]:
+    """Of every token behind the prompts, given the cache and what comes before it in its row."""
     ids = pad_sequence(list(rows), batch_first=True).to(model.device)
     columns = torch.arange(ids.shape[1], device=ids.device)
     real, prompt = (columns < torch.tensor(n, device=ids.device)[:, None] for n in ([len(r) for r in rows], prompts))
     mask = torch.cat([real.new_ones(len(rows), cache.get_seq_length()), real], 1).long()
     # a graph has to be told where the prompt ends
-    given = {"prompt_mask": prompt} if isinstance(model, InterventionModel) else {}
-    logits = model(input_ids=ids, attention_mask=mask, past_key_values=_repeated(cache, len(rows)), **given).logits
-    return logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0].cpu()
-
-
-def _behind_common(
-    model: Any, rows: Sequence[Int[Tensor, " tokens"]]
-) -> tuple[DynamicCache, Int[Tensor, "rows rest"], Int[Tensor, "rows columns"]]:
-    """A cache of what all rows begin with, the rests, padded at the left, and which of all columns are real."""
-    carries = _carries(model, padded=len(set(map(len, rows))) > 1)
-    common = min(_common(rows), min(map(len, rows)) - 1) if carries else 0
-    rests = [row[common:] for row in rows]
-    ids = pad_sequence(rests, batch_first=True, padding_side="left").to(model.device)
-    real = pad_sequence([torch.ones_like(row) for row in rests], batch_first=True, padding_side="left").to(model.device)
-    cache = _repeated(_cache_of(model, rows[0][:common]), len(rows))
-    return cache, ids, torch.cat([real.new_ones(len(rows), common), real], 1)
+    given = {"prompt_mask": prompt} if _interventions(model) else {}
+    given |= _last(model, count := ids.shape[1] - min(prompts) + 1)
+    passed = model(input_ids=ids, attention_mask=mask, past_key_values=_repeated(cache, len(rows)), **given)
+    logits = passed.logits[:, -count:-1]  # of the first answer to begin, and on
+    log_p = -F.cross_entropy(logits.float().mT, ids[:, min(prompts) :], reduction="none").cpu()
+    ends = ((start - min(prompts), len(row) - min(prompts)) for row, start in zip(rows, prompts, strict=True))
+    return [own[start:end] for own, (start, end) in zip(log_p, ends, strict=True)]
 
 
 def _prompts_end(model: Any, real: Int[Tensor, "rows columns"]) -> AbstractContextManager:
     """Within, the nodes of a graph know that what is there now is the prompt."""
-    if not isinstance(model, InterventionModel):
-        return nullcontext()
-    return model.tuner.layer.generating(real.bool(), real.bool())
+    nodes = _interventions(model)
+    return nodes.generating(real.bool(), real.bool()) if nodes else nullcontext()
+
+
+def _interventions(model: Any) -> Interventions | None:
+    return next((module for module in model.modules() if isinstance(module, Interventions)), None)
+
+
+def _takes(model: Any, name: str) -> bool:
+    return name in arguments(model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def _last(model: Any, count: int) -> dict[str, int]:
+    """Asks for the logits of the last columns alone, of models that can."""
+    return {"logits_to_keep": count} if _takes(model, "logits_to_keep") else {}
 
 
 def _check(model: Any, tokens: int) -> None:
-    if model.config.is_encoder_decoder or not model.can_generate():
+    if model.config.is_encoder_decoder or not model.can_generate() or not _takes(model, "past_key_values"):
         raise ValueError(
-            f"answers are read from a decoder with an output layer, such as AutoModelForCausalLM loads, and this "
-            f"{model.config.model_type} is none: take another model, or fine-tune this one"
+            "answers are read from a decoder with an output layer and a cache, such as AutoModelForCausalLM loads, and "
+            f"this {model.config.model_type} is none: take another model, or fine-tune this one"
         )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
@@ -173,7 +199,7 @@ def _carries(model: Any, padded: bool = False) -> bool:
     layers = {type(layer) for layer in DynamicCache(config=model.config).layers}
     # a window would count the padding, and states of recurrent layers are for the next token alone
     able = {DynamicLayer} if padded else {DynamicLayer, DynamicSlidingWindowLayer}
-    return not isinstance(model, InterventionModel) and layers <= able
+    return _interventions(model) is None and layers <= able
 
 
 def _common(rows: Sequence[Int[Tensor, " tokens"]]) -> int:
@@ -185,7 +211,7 @@ def _common(rows: Sequence[Int[Tensor, " tokens"]]) -> int:
 def _cache_of(model: Any, ids: Int[Tensor, " tokens"]) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     if len(ids):
-        model(input_ids=ids[None].to(model.device), past_key_values=cache, use_cache=True)
+        model(input_ids=ids[None].to(model.device), past_key_values=cache, use_cache=True, **_last(model, 1))
     return cache
 
 

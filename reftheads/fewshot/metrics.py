@@ -62,7 +62,7 @@ def accuracy(predictions: Sequence[Any], targets: Sequence[Any]) -> float:
         ValueError: no predictions, or another number of targets.
     """
     _check(predictions, targets)
-    return sum(p == t for p, t in zip(predictions, targets, strict=True)) / len(targets)
+    return sum(bool(p == t) for p, t in zip(predictions, targets, strict=True)) / len(targets)
 
 
 def exact_match(predictions: Sequence[str], answers: Sequence[str | Sequence[str]]) -> float:
@@ -79,7 +79,7 @@ def exact_match(predictions: Sequence[str], answers: Sequence[str | Sequence[str
 
 
 def _plain(text: str) -> str:
-    text = "".join(" " if c in string.punctuation else c for c in text.lower())
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
@@ -120,7 +120,7 @@ def ngram_overlap(predictions: Sequence[str], references: Sequence[str], n: int 
 
 
 def _check(predictions: Sequence[Any], targets: Sequence[Any]) -> None:
-    if not predictions or len(predictions) != len(targets):
+    if len(predictions) == 0 or len(predictions) != len(targets):
         raise ValueError(
             f"a metric needs predictions, and a target for each: got {len(predictions)} predictions and "
             f"{len(targets)} targets"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 
 from torch import nn
 
@@ -70,6 +71,8 @@ def fine_tuning_model(base: nn.Module, mode: str, *heads: Node) -> nn.Module:
     `c_attn`, `c_fc` and the MLP's `c_proj`, as Stanford's CS330 has it. `loreft4` edits the output of every block at
     `f1+l1`, `loreft4:all` all tokens.
 
+    An adapter's checkpoint holds the nodes alone: a base model that is trained has a `save_pretrained` of its own.
+
     Returns:
         An `InterventionModel`; the base model itself where there are no nodes at all.
 
@@ -114,7 +117,7 @@ def _of_base(base: nn.Module, read: re.Match[str]) -> Iterator[nn.Parameter]:
     body = set(getattr(base, "base_model", base).parameters()) if read["plain"] == "head" else set()
     for module in own.values():
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter not in body and (read["plain"] != "bitfit" or name == "bias"):
+            if parameter is not None and parameter not in body and (read["plain"] != "bitfit" or name.endswith("bias")):
                 yield parameter
 
 
@@ -130,7 +133,9 @@ def _lora(base: nn.Module, rank: int) -> Iterator[Node]:
     found = stacks(base)
     for stack in found:
         for layer, block in enumerate(stack.blocks):
-            out = locate(base, Site(layer, "head_output", stack=side_of(stack, found))).module
+            out = None
+            with suppress(ValueError):  # there are blocks without attention
+                out = locate(base, Site(layer, "head_output", stack=side_of(stack, found))).module
             for path in linear_modules(base, block):
                 if path != out:
                     yield Node(LoRA(rank), component=path, name=lora_name(path))

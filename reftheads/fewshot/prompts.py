@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +18,9 @@ from reftheads.data import Message
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+
+Prompt = str | list[Message]
+"""A text, or a conversation for the tokenizer's chat template."""
 
 _ROLES = ("user", "assistant")
 
@@ -54,56 +57,70 @@ formats: dict[str, Format] = {
 def icl_prompts(
     support_inputs: Sequence[str],
     support_labels: Sequence[str],
-    test_input: str,
+    test_input: str | Sequence[str],
     format: str | Format = "qa",
     *,
     shuffle: bool = True,
     rng: np.random.RandomState | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     budget: int | None = None,
-) -> str | list[Message]:
+) -> Prompt | list[Prompt]:
     """A prompt that shows the examples, and the test input after them, without an answer and a space at its end.
+
+    Of several test inputs a list of prompts, all with the same examples in the same order: what they begin with can be
+    computed once.
 
     Args:
         format: a name in `formats`, a `Format`, or "chat": then the examples are earlier turns of a conversation, for
             `tokenizer.apply_chat_template(…, add_generation_prompt=True)`.
         shuffle: by one permutation of the pairs.
         rng: draws it; left out, `np.random`, which `np.random.seed` makes reproducible.
-        tokenizer, budget: leave out the first examples until the prompt has at most `budget` tokens, and warn how many.
+        tokenizer, budget: leave out the first examples until no prompt is longer than `budget` tokens; warn how many.
+
+    Returns:
+        A text or, of the format "chat", a conversation; a list of them where `test_input` is one.
 
     Raises:
-        ValueError: numbers of inputs and labels that differ, a format that is not known; a test input that is over the
-            budget without any example.
+        ValueError: numbers of inputs and labels that differ, no test inputs, a format that is not known; a budget
+            without a tokenizer, and one that a test input exceeds without any example.
     """
     if len(support_inputs) != len(support_labels):
         raise ValueError(f"every input needs its label: got {len(support_inputs)} inputs, {len(support_labels)} labels")
     if isinstance(format, str) and format != "chat" and format not in formats:
         raise ValueError(f"unknown format {format!r}: use {', '.join(formats)}, chat, or a Format of your own")
+    tests = [test_input] if isinstance(test_input, str) else list(test_input)
+    if not tests or (tokenizer is None) != (budget is None):
+        raise ValueError(f"give a test input, and tokenizer and budget together: got {len(tests)}, budget={budget}")
     draw = np.random if rng is None else rng
     order = draw.permutation(len(support_inputs)) if shuffle else range(len(support_inputs))
     pairs = [(support_inputs[i], support_labels[i]) for i in order]
-    prompt = _written(pairs, test_input, format)
-    if tokenizer is None or budget is None:
-        return prompt
-    dropped = 0
-    while (length := _length(tokenizer, prompt)) > budget:
-        if dropped == len(pairs):
-            raise ValueError(f"the test input alone makes a prompt of {length} tokens, over the budget of {budget}")
-        dropped += 1
-        prompt = _written(pairs[dropped:], test_input, format)
-    if dropped:
-        warnings.warn(
-            f"left out {dropped} of {len(pairs)} examples, so that the prompt fits into {budget} tokens", stacklevel=2
-        )
-    return prompt
+    if tokenizer is not None and budget is not None:
+
+        def longest(dropped: int) -> int:
+            return max(len(encode_prompt(tokenizer, _written(pairs[dropped:], test, format))) for test in tests)
+
+        dropped = bisect_left(range(len(pairs) + 1), True, key=lambda some: longest(some) <= budget)
+        if dropped > len(pairs):
+            raise ValueError(
+                f"a test input alone makes a prompt of {longest(len(pairs))} tokens, over the budget of {budget}: "
+                "shorten it, or raise the budget"
+            )
+        if dropped:
+            warnings.warn(
+                f"left out {dropped} of {len(pairs)} examples, so that prompts fit into {budget} tokens", stacklevel=2
+            )
+        pairs = pairs[dropped:]
+    prompts = [_written(pairs, test, format) for test in tests]
+    return prompts[0] if isinstance(test_input, str) else prompts
 
 
-def _written(pairs: Sequence[tuple[str, str]], test_input: str, format: str | Format) -> str | list[Message]:
+def _written(pairs: Sequence[tuple[str, str]], test_input: str, format: str | Format) -> Prompt:
     if format == "chat":
         turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(_ROLES, pair, strict=True)]
         return [*turns, {"role": "user", "content": test_input}]
     form = formats[format] if isinstance(format, str) else format
-    return form.between.join([*(form.example.format(x=x, y=y) for x, y in pairs), form.query.format(x=test_input)])
+    query = form.query.format(x=test_input).rstrip()
+    return form.between.join([*(form.example.format(x=x, y=y) for x, y in pairs), query])
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
@@ -114,22 +131,30 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mes
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[arg-type,return-value]
 
 
-def k_shot(labels: Sequence[Hashable], k: int, *, seed: int = 0) -> list[int]:
+def k_shot(
+    labels: Sequence[Hashable], k: int, *, seed: int = 0, classes: Sequence[Hashable] | None = None
+) -> list[int]:
     """Indices of k examples of each class, drawn without replacement, in an order that the seed shuffles too.
 
+    Args:
+        classes: all that there are; left out, those that have examples.
+
     Raises:
-        ValueError: no examples, k below 0, or k over the number of examples of a class.
+        ValueError: no examples, a label that is none of the classes, k below 0 or over the number of examples of a
+            class.
     """
     if k < 0 or not labels:
         raise ValueError(f"k must be 0 or more, and some examples there to draw from: got k={k}, {len(labels)} labels")
     rng = np.random.RandomState(seed)
-    classes: dict[Hashable, list[int]] = defaultdict(list)
+    found: dict[Hashable, list[int]] = {label: [] for label in (dict.fromkeys(labels) if classes is None else classes)}
     for i, label in enumerate(labels):
-        classes[label].append(i)
-    for label, own in classes.items():
+        if label not in found:
+            raise ValueError(f"the label {label!r} is none of the classes {', '.join(map(repr, found))}")
+        found[label].append(i)
+    for label, own in found.items():
         if k > len(own):
             raise ValueError(f"k = {k} examples a class, but class {label!r} has {len(own)} of them: take a smaller k")
-    chosen = [i for own in classes.values() for i in rng.choice(own, k, replace=False).tolist()]
+    chosen = [i for own in found.values() for i in rng.choice(own, k, replace=False).tolist()]
     return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
@@ -152,10 +177,13 @@ def order_by_entropy(
         predict: the probabilities of the labels for each probe, with the examples in a given order.
 
     Raises:
-        ValueError: no examples, or another `by`.
+        ValueError: no examples or orders, or another `by`.
     """
-    if count < 1 or by not in ("global", "local"):
-        raise ValueError(f"give at least one example and by='global' or 'local', got {count} and by={by!r}")
+    if count < 1 or tried < 1 or by not in ("global", "local"):
+        raise ValueError(
+            "give at least one example, one order to try and by='global' or 'local', "
+            f"got {count}, {tried} and by={by!r}"
+        )
     draw = np.random if rng is None else rng
     orders = list(dict.fromkeys(tuple(draw.permutation(count).tolist()) for _ in range(tried)))
     return list(max(orders, key=lambda order: _entropy(predict(order), by)))
@@ -166,7 +194,3 @@ def _entropy(probabilities: Float[Tensor, "probes labels"], by: str) -> float:
         counts = torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1])
         probabilities = (counts / counts.sum())[None]
     return float(torch.special.entr(probabilities.double()).sum(1).mean())
-
-
-def _length(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> int:
-    return len(encode_prompt(tokenizer, prompt))

@@ -7,8 +7,8 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Study:
     """
 
     def __init__(self, folder: str | os.PathLike, **settings: Any):
-        self.folder, self.settings = Path(folder), settings
+        self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))
 
     def run(self, cells: Iterable[Cell], measure: Callable[..., Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Calls `measure(**cell)` for every cell without a result; the results of all cells, in order.
@@ -54,8 +54,9 @@ class Study:
                 for cell in cells:
                     if self.path(cell) not in found:
                         progress.update(line, description=", ".join(map(str, cell.values())))
-                        with suppress(Timeout), self._claimed(cell, wait):
-                            found[self.path(cell)] = self.result(cell) or self._written(cell, measure(**cell))
+                        with self._claimed(cell, wait) as mine:
+                            if mine:
+                                found[self.path(cell)] = self.result(cell) or self._written(cell, measure(**cell))
                         progress.update(line, completed=len(found))
         return [found[self.path(cell)] for cell in cells]
 
@@ -66,8 +67,9 @@ class Study:
             return None
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            other = {name: found[name] for name, value in {**cell, **self.settings}.items() if found[name] != value}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            wanted = {**cell, **self.settings}
+            other = {name: found.get(name) for name, value in wanted.items() if found.get(name) != value}
+        except (json.JSONDecodeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error!r}): delete it, and its cell is run again") from error
         if other:
             raise ValueError(f"{path} is the result of another run, with {other}: take another folder")
@@ -78,18 +80,28 @@ class Study:
         words = [f"{name}{value}" if isinstance(value, int | float) else str(value) for name, value in cell.items()]
         return self.folder / (re.sub(r"[^\w.+,:=-]+", "-", "_".join(words)).strip("-") + ".json")
 
-    def _claimed(self, cell: Cell, wait: bool) -> FileLock:
-        """Held by the process that runs a cell, and given up when that ends, however it does."""
+    @contextmanager
+    def _claimed(self, cell: Cell, wait: bool) -> Iterator[bool]:
+        """Whether this process runs the cell; its claim ends with the process, however that does."""
         locks = self.folder / ".running"
         locks.mkdir(parents=True, exist_ok=True)
-        return FileLock(locks / f"{self.path(cell).stem}.lock", blocking=wait)
+        lock = FileLock(locks / f"{self.path(cell).stem}.lock")
+        try:
+            lock.acquire(blocking=wait)
+        except Timeout:
+            yield False
+        else:
+            try:
+                yield True
+            finally:
+                lock.release()
 
     def _written(self, cell: Cell, measured: Mapping[str, Any]) -> dict[str, Any]:
         path, result = self.path(cell), {**cell, **self.settings, **measured}
-        text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(result, indent=1, ensure_ascii=False, default=lambda number: number.item()) + "\n"
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-        return result
+        return json.loads(text)
 
 
 def over_seeds(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ class Task:
 
 
 def load_task(name: Literal["rating", "qa", "summary"], where: str) -> Task:
-    """A task from a folder, whose file names contain "train" and "test", from one file, or from the Hub.
+    """A task from a folder, whose file names have the words "train" and "test", from one file, or from the Hub.
 
     * `rating`: a review's rating in five words, `RATINGS`, by accuracy. A label from 0 to 4 and a text a line, as SST-5
       has them.
@@ -61,7 +62,7 @@ def load_task(name: Literal["rating", "qa", "summary"], where: str) -> Task:
     the last tenth is for testing.
 
     Raises:
-        ValueError: another name, a label outside of the set, or no examples.
+        ValueError: another name, a label outside of the set, no examples, a folder with several such files.
         FileNotFoundError: a folder without such files.
     """
     if name not in ("rating", "qa", "summary"):
@@ -96,15 +97,20 @@ def _splits(name: str, where: str) -> dict[str, list[Example]]:
     from datasets import load_dataset
 
     found = load_dataset(where)
+    if not {"train", "test"} <= set(found):
+        raise ValueError(f"{where!r} has the splits {', '.join(map(str, found))}, and train and test are needed")
     return {split: [_example(name, dict(row)) for row in found[split]] for split in ("train", "test")}  # type: ignore[arg-type]
 
 
 def _file(folder: Path, split: str) -> Path:
-    files = sorted(path for path in folder.iterdir() if split in path.name and path.is_file())
+    word = re.compile(rf"(?<![a-z]){split}(?![a-z])")
+    files = sorted(path for path in folder.iterdir() if word.search(path.name) and path.is_file())
     if not files:
         raise FileNotFoundError(
             f"{folder} has no file with {split!r} in its name: give a folder with train and test files"
         )
+    if len(files) > 1:
+        raise ValueError(f"{folder} has several files for {split}, {', '.join(f.name for f in files)}: leave one there")
     return files[0]
 
 
@@ -114,7 +120,11 @@ def _read(name: str, path: Path) -> list[Example]:
         return [_example(name, row) for row in csv.DictReader(io.StringIO(text))]
     lines = [line for line in text.split("\n") if line.strip()]
     if path.suffix == ".jsonl":
-        return [_example(name, json.loads(line)) for line in lines]
+        try:
+            rows = [json.loads(line) for line in lines]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON lines: {error}") from error
+        return [_example(name, row) for row in rows]
     if name == "qa":
         return list(_babi(lines))
     pairs = [_parts(line, "||") if name == "summary" else _parts(line, " ")[::-1] for line in lines]
@@ -130,7 +140,8 @@ def _babi(lines: Sequence[str]) -> Iterator[Example]:
             story = []
         question, *rest = text.split("\t")
         if rest:
-            yield Example(" ".join([*story, question.strip()]), tuple(rest[0].strip().split(",")))
+            answer = ", ".join(rest[0].strip().split(","))  # a list is one answer
+            yield Example(" ".join([*story, question.strip()]), (answer,))
         else:
             story.append(text.strip())
 
@@ -148,13 +159,13 @@ def _example(name: str, row: Mapping[str, Any]) -> Example:
     if given is not None and "question" in row:  # about a passage
         given = f"{given} {row['question']}"
     answer = next((row[column] for column in _ANSWERS if column in row), None)
-    if given is None or answer is None:
-        raise ValueError(f"a row has the columns {', '.join(row)}: rename them to input and answer")
+    if given is None or answer is None or answer == []:
+        raise ValueError(f"a row has no input or no answer under these names, but {dict(row)}")
     if name == "rating" and str(answer) not in RATINGS:
         if not str(answer).isdigit() or int(answer) >= len(RATINGS):
             raise ValueError(
                 f"the rating {answer!r} is neither 0 to {len(RATINGS) - 1} nor one of {', '.join(RATINGS)}"
             )
         answer = RATINGS[int(answer)]
-    answers = [answer] if isinstance(answer, str) else list(answer)
+    answers = answer if isinstance(answer, list) else [answer]
     return Example(str(given).strip(), tuple(str(one).strip() for one in answers))
