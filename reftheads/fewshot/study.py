@@ -144,16 +144,23 @@ def plot(
     metric: str = "score",
     title: str = "",
 ) -> None:
-    """Draws the metric against `x` as a PNG file: a symmetric logarithmic axis, bars of one standard deviation."""
+    """Draws the metric against `x` as a PNG file: a symmetric logarithmic axis, bars of one standard deviation.
+
+    Lines stand a little beside each other, so that their bars can be told apart.
+    """
+    from cycler import cycler
+    from matplotlib import color_sequences
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
+    axis.set_prop_cycle(cycler(linestyle=("-", "--", ":")) * cycler(color=color_sequences["tab10"]))
     found = over_seeds(results, lines, x, metric)
-    for line, points in found.items():
+    for i, (line, points) in enumerate(found.items()):
         means, deviations = zip(*points.values(), strict=True)
-        axis.errorbar(list(points), means, deviations, marker="o", capsize=3, label=", ".join(map(_word, line)))
+        places = [at * 1.03 ** (i - (len(found) - 1) / 2) for at in points]
+        axis.errorbar(places, means, deviations, marker="o", markersize=4, capsize=2, label=", ".join(map(_word, line)))
     axis.set_xscale("symlog")
     axis.set_xticks(sorted({at for points in found.values() for at in points}))
     axis.xaxis.set_major_formatter(ScalarFormatter())
@@ -161,7 +168,7 @@ def plot(
     axis.set_ylabel(metric)
     axis.set_title(title)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 
