@@ -98,8 +98,10 @@ def main() -> None:
     parser.add_argument("--factors", default=[0.3, 1, 3], help="of a mode's usual learning rate, to try", **numbers)
     parser.add_argument("--choose-k", type=int, default=16, help="examples of each class to choose the rates with")
     parser.add_argument("--choose-seed", type=int, default=1000, help="draws them; none of --seeds")
-    parser.add_argument("--timed", type=int, default=10, help="steps by which side by side and in turn are compared")
+    parser.add_argument("--timed", type=int, default=3, help="steps by which side by side and in turn are compared")
     args, task = ft.read(parser)
+    if args.timed < 2:
+        parser.error(f"--timed {args.timed}: the first step does not count, so give 2 or more")
     if args.choose_seed in args.seeds:
         parser.error(f"--choose-seed {args.choose_seed} is one of --seeds: rates would be chosen on what is measured")
     pairs = ft.pairs_of(args, task)

@@ -158,7 +158,7 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--models", default=["tiny-chat"], help="Hub ids or local paths", **words)
     parser.add_argument("--ks", default=[1, 8], help="examples: of each class, if there are classes", **numbers)
     parser.add_argument("--seeds", default=[0, 1, 2], **numbers)
-    parser.add_argument("--tests", type=int, default=125, help="how many test inputs to answer")
+    parser.add_argument("--tests", type=int, default=100, help="how many test inputs to answer")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=256, help="of a row, in tokens")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="FOLDER")
@@ -184,7 +184,7 @@ def read(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, fs.Task]:
 def training_options(parser: argparse.ArgumentParser) -> None:
     default = f"(default: {','.join(MODES)}, and probe of encoders)"
     parser.add_argument("--modes", type=lambda text: text.split(","), help=f"see reftheads.fewshot {default}")
-    parser.add_argument("--steps", type=int, default=30, help="of training, at least")
+    parser.add_argument("--steps", type=int, default=25, help="of training, at least")
     parser.add_argument("--epochs", type=int, default=3, help="at least")
     parser.add_argument("--head-lr", type=float, default=1e-2)
     parser.add_argument("--stop", type=float, default=0.02, help="the training loss below which training stops")

@@ -323,6 +323,7 @@ def test_studies_that_could_not_be_are_refused_before_they_begin(tmp_path, capsy
     for recipe, options, message in (
         ("few_shot_finetune.py", ("--max-length", 6), "--max-length 6 leaves no room for a prompt before 6 new tokens"),
         ("compare_few_shot.py", ("--seeds", 1, "--choose-seed", 1), "--choose-seed 1 is one of --seeds"),
+        ("compare_few_shot.py", ("--timed", 1), "--timed 1: the first step does not count, so give 2 or more"),
     ):
         with pytest.raises(SystemExit):
             run(recipe, *given["qa"], *options)
