@@ -96,7 +96,7 @@ def main() -> None:
     icl.prompt_options(parser)
     numbers = {"type": lambda text: [float(n) for n in text.split(",")]}
     parser.add_argument("--factors", default=[0.3, 1, 3], help="of a mode's usual learning rate, to try", **numbers)
-    parser.add_argument("--choose-k", type=int, default=16, help="examples of each class to choose the rates with")
+    parser.add_argument("--choose-k", type=int, default=8, help="examples of each class to choose the rates with")
     parser.add_argument("--choose-seed", type=int, default=1000, help="draws them; none of --seeds")
     parser.add_argument("--timed", type=int, default=3, help="steps by which side by side and in turn are compared")
     args, task = ft.read(parser)

@@ -488,7 +488,7 @@ def test_any_graph_on_any_batch_has_the_plain_losses_and_gradients(graph: Any, t
 
 
 @pytest.mark.slow
-@any_graph(1000)
+@any_graph(500)
 def test_many_graphs_on_many_batches_have_the_plain_losses_and_gradients(
     graph: Any, two: Any, training: bool, budget: int
 ):
