@@ -112,13 +112,16 @@ def encode_continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str
 
     SentencePiece's tokenizers put a space before every text that they are given; behind a line break they do not.
     """
-    before: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
-    alone = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    behind = tokenizer([f"\n{text}" for text in texts], add_special_tokens=False)["input_ids"]
+
+    def encode(some: Any) -> Any:
+        return tokenizer(some, add_special_tokens=False)["input_ids"]
+
+    before = encode("\n")
+    behind = encode([f"\n{text}" for text in texts])
     # a tokenizer may make one token of the line break and what follows
     return [
-        ids[len(before) :] if ids[: len(before)] == before else own  # type: ignore[misc]
-        for ids, own in zip(behind, alone, strict=True)  # type: ignore[arg-type]
+        ids[len(before) :] if ids[: len(before)] == before else encode(text)
+        for ids, text in zip(behind, texts, strict=True)
     ]
 
 

@@ -76,11 +76,12 @@ def _greedy(
     mask = torch.cat([real.new_ones(len(rows), begun.get_seq_length()), real], 1)
     alive, cache = torch.ones(len(rows), dtype=torch.bool, device=model.device), _repeated(begun, len(rows))
     out: list[list[int]] = [[] for _ in rows]
+    options = {"past_key_values": cache, "use_cache": True, **_last(model, 1)}
     with _prompts_end(model, mask):
         for _ in range(max_tokens):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
-            ids = model(input_ids=ids, **given, **_last(model, 1)).logits[:, -1].argmax(-1, keepdim=True)
+            passed = model(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
+            ids = passed.logits[:, -1].argmax(-1, keepdim=True)
             alive = alive & ~torch.isin(ids[:, 0], stop)
             for row, token, going in zip(out, ids[:, 0].tolist(), alive.tolist(), strict=True):
                 row += [token] if going else []
