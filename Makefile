@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM := false
 
 # pyreft asks for an old transformers that it does not need, so it comes without its dependencies
 .venv/dev: .venv/package
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,bench,fewshot,recipes]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,demo,bench,fewshot,recipes]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps pyreft
 	touch $@
 
@@ -25,7 +25,7 @@ demo: .venv/package
 	$(BIN)/python recipes/emoji_chat.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: .venv/dev
 	$(BIN)/ruff check .
@@ -37,9 +37,9 @@ format: .venv/dev
 	$(BIN)/ruff format .
 
 bench: .venv/dev
-	$(BIN)/python recipes/benchmark.py
-	$(BIN)/python recipes/benchmark_cone.py
-	$(BIN)/python recipes/benchmark_probes.py
+	$(BIN)/python recipes/benchmarks/overhead.py
+	$(BIN)/python recipes/benchmarks/cone.py
+	$(BIN)/python recipes/benchmarks/probes.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, set_seed
 
 import reftheads as rh
 import reftheads.fewshot as fs
-from reftheads.files import replacing
+from reftheads._utils.atomic import replacing
 
 GRAPHS = ("lora", "loreft", "probe")
 

@@ -29,7 +29,7 @@ from transformers import TrainingArguments, set_seed
 
 import reftheads as rh
 
-TOPICS = Path(__file__).with_name("tiny_chat_topics.tsv")
+TOPICS = Path(__file__).parent / "tools" / "tiny_chat_topics.tsv"
 TRAINED_WORDINGS = [
     "Tell me about {topic}.", "What {be} {topic}?", "What do you know about {topic}?", "Describe {topic}.",
     "Can you explain {topic}?",

@@ -40,7 +40,7 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainingArguments
 
 import reftheads as rh
-from reftheads.files import replacing
+from reftheads._utils.atomic import replacing
 
 TASKS = ("grade", "relatedness", "entailment")
 ENTAILMENT = ("ENTAILMENT", "NEUTRAL", "CONTRADICTION")  # in the order of the Hub's numbers

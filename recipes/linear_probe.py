@@ -33,9 +33,9 @@ from rich.table import Table
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 import reftheads as rh
-from reftheads.files import replacing
+from reftheads._utils.atomic import replacing
 
-TOPICS = Path(__file__).with_name("tiny_chat_topics.tsv")
+TOPICS = Path(__file__).parent / "tools" / "tiny_chat_topics.tsv"
 TOP = 5
 
 Row = dict[str, list[int]]

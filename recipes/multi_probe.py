@@ -33,7 +33,7 @@ from rich.table import Table
 from transformers import set_seed
 
 import reftheads as rh
-from reftheads.files import replacing
+from reftheads._utils.atomic import replacing
 
 
 def graph_for(layers: int, vocabulary: int) -> rh.InterventionGraph:

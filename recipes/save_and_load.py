@@ -31,7 +31,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainingArguments, set_seed
 
 import reftheads as rh
-from reftheads.files import replacing
+from reftheads._utils.atomic import replacing
 from reftheads.interop.sequence_classification import to_sequence_classification
 
 THINGS = "the film", "this book", "our garden", "the soup", "my new coat", "the concert", "that old house", "the lesson"

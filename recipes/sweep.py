@@ -34,7 +34,7 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainingArguments
 
 import reftheads as rh
-from reftheads.files import replacing
+from reftheads._utils.atomic import replacing
 
 QUESTIONS = 40
 

@@ -47,7 +47,7 @@ from rich.table import Table
 from transformers import AutoModel, TrainerCallback, TrainingArguments
 
 import reftheads as rh
-from reftheads.files import replacing
+from reftheads._utils.atomic import replacing
 
 RATES = {"full": [1e-4], "lora": [3e-3], "qlora": [3e-3], "loreft": [5e-3], "probe": [1e-2]}
 

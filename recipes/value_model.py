@@ -44,7 +44,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from transformers import TrainerCallback, TrainingArguments
 
 import reftheads as rh
-from reftheads.files import replacing
+from reftheads._utils.atomic import replacing
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of a sentence that has been read
 

@@ -3,37 +3,37 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from reftheads.chat import chat, reply
-from reftheads.data import Collator, encode_chat, encode_pairs, encode_preferences, mix
-from reftheads.export import export_head
-from reftheads.graph import InterventionGraph
-from reftheads.heads import LinearHead, MLPHead
-from reftheads.interventions import ConsReFT, DiReFT, LobiReFT, LoReFT, LowRank, NoDiReFT, NoReFT, ScaleAndBias
+from reftheads.adapter.model import InterventionModel
+from reftheads.adapter.tuner import InterventionConfig
+from reftheads.data.rows import Collator, encode_chat, encode_pairs, encode_preferences, mix
+from reftheads.graph.graph import InterventionGraph
+from reftheads.graph.node import Context, Edit, Head, Node, Reader, Shape
+from reftheads.graph.positions import Positions, Tokens
+from reftheads.graph.site import Site
+from reftheads.inference.conversation import chat, reply
+from reftheads.inference.prediction import predict
+from reftheads.interop.torch_module import export_head
+from reftheads.interventions.heads import LinearHead, MLPHead
+from reftheads.interventions.lora import LoRA
+from reftheads.interventions.losses import losses
+from reftheads.interventions.reft import ConsReFT, DiReFT, LobiReFT, LoReFT, LowRank, NoDiReFT, NoReFT, ScaleAndBias
+from reftheads.interventions.steering import Ablate, Collect, Gated, Replace, Steering
 from reftheads.loading import load_base
-from reftheads.lora import LoRA
-from reftheads.losses import losses
-from reftheads.model import InterventionModel
-from reftheads.nodes import Context, Edit, Head, Node, Reader, Shape
-from reftheads.plan import compile_graph
-from reftheads.positions import Positions, Tokens
-from reftheads.predicting import predict
 from reftheads.presets import preset
-from reftheads.sites import Site
-from reftheads.steering import Ablate, Collect, Gated, Replace, Steering
-from reftheads.store import ActivationStore
-from reftheads.tuner import InterventionConfig
+from reftheads.reuse.store import ActivationStore
+from reftheads.runtime.plan import compile_graph
 
 if TYPE_CHECKING:
     from reftheads.probing import Estimate, Probe, Probes, fit_probes
-    from reftheads.sweeps import Trial, sweep
-    from reftheads.trainer import InterventionTrainer
+    from reftheads.training.sweeps import Trial, sweep
+    from reftheads.training.trainer import InterventionTrainer
 
 __version__ = "0.1.0"
 
 _LATE = {
-    "Estimate": "reftheads.probing", "InterventionTrainer": "reftheads.trainer", "Probe": "reftheads.probing",
-    "Probes": "reftheads.probing", "Trial": "reftheads.sweeps", "fit_probes": "reftheads.probing",
-    "sweep": "reftheads.sweeps",
+    "Estimate": "reftheads.probing", "InterventionTrainer": "reftheads.training.trainer", "Probe": "reftheads.probing",
+    "Probes": "reftheads.probing", "Trial": "reftheads.training.sweeps", "fit_probes": "reftheads.probing",
+    "sweep": "reftheads.training.sweeps",
 }  # fmt: skip
 
 __all__ = [

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from reftheads.architectures import StackInfo, stacks
-from reftheads.graph import InterventionGraph
-from reftheads.interventions import LoReFT
-from reftheads.lora import LoRA
-from reftheads.nodes import Node
-from reftheads.sites import BLOCK_COMPONENTS, Stack
+from reftheads.architectures.addresses import StackInfo, stacks
+from reftheads.graph.graph import InterventionGraph
+from reftheads.graph.node import Node
+from reftheads.graph.site import BLOCK_COMPONENTS, Stack
+from reftheads.interventions.lora import LoRA
+from reftheads.interventions.reft import LoReFT
 
 _PRESET = re.compile(r"(?P<kind>lora|loreft)(?P<rank>\d+)(:(?P<where>.+))?")
 _ADAPTED = ("query_output", "value_output")

@@ -2,7 +2,7 @@ import os
 
 import pytest
 import torch
-from models import word_tokenizer
+from support.models import word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -8,8 +8,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from models import LAYERS, WIDTH, random_ids, randomise, tiny_gpt2, tiny_llama
 from safetensors.torch import load_file, save_file
+from support.models import LAYERS, WIDTH, random_ids, randomise, tiny_gpt2, tiny_llama
 
 import reftheads as rh
 

@@ -2,39 +2,47 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 import reftheads as rh
 
 PACKAGE = Path(rh.__file__).parent
 
-# A module imports only from rows above its own.
-ROWS = [
-    {"sites", "positions", "losses", "store", "cache", "modes", "files"},
-    {"nodes", "hooks", "blocks", "layout"},
-    {"architectures"},
-    {"fingerprint", "interventions", "steering", "lora", "heads"},
-    {"graph"},
-    {"output", "plan"},
-    {"run", "cone"},
-    {"checkpointing"},
-    {"runtime"},
-    {"generate", "record"},
-    {"limits"},
-    {"division"},
-    {"tuner", "replay"},
-    {"forecast", "reuse"},
-    {"model"},
-    {"data", "presets", "loading", "export"},
-    {"chat", "trainer", "predicting"},
-    {"sweeps", "probing"},
-    {"interop", "fewshot"},
+# A package imports only from floors below its own. docs/architecture.md shows the same table.
+FLOORS = [
+    {
+        "_utils": "small things that know nothing of models: atomic files, evaluation for a while",
+        "loading": "a base model and its tokenizer",
+    },
+    {"graph": "what a user writes, plain data that knows no model: site, positions, node, graph"},
+    {
+        "interventions": "the node types, each with its equation: ReFT, steering, LoRA, heads, losses",
+        "architectures": "reading any base model's structure: addresses, blocks",
+        "data": "from text to rows and batches",
+    },
+    {
+        "runtime": "one forward pass: plan, hooks, what a call knows, nodes acting, output, generation",
+        "presets": "graphs by a short name",
+    },
+    {"reuse": "computing only what a graph can change: the cone, what can be reused, the store, replaying"},
+    {"adapter": "the PEFT method: tuner, model, saving and loading"},
+    {
+        "interop": "formats of other libraries, and plain torch modules",
+        "training": "the trainer, and many adapters side by side",
+        "inference": "answers, conversations, predictions of heads",
+    },
+    {
+        "probing": "all heads of a graph trained at once on recorded activations",
+        "fewshot": "few-shot learning: fine-tuning modes, prompts, tasks, studies",
+    },
 ]
-ROW = {name: i for i, names in enumerate(ROWS) for name in names}
+FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 FORBIDDEN_CALLS = {"torch.load", "eval", "exec", "compile", "__import__", "torch.hub.load", "np.load", "numpy.load"}
@@ -45,7 +53,7 @@ def sources():
 
 
 def owner(path: Path) -> str:
-    """The module that a file belongs to: `interop` for all files in it."""
+    """The package that a file belongs to, or the module at the top."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -63,18 +71,48 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_imports_only_from_rows_above_it(path):
+def test_a_package_imports_only_from_floors_below_its_own(path):
     name = owner(path)
     if name == "__init__":
         return
-    assert name in ROW, f"{name} stands in no row: add it to the table"
+    assert name in FLOOR, f"{name} stands on no floor: add it to the table"
     for module in imported(ast.parse(path.read_text(encoding="utf-8"))):
-        if module == "reftheads" or not module.startswith("reftheads."):
-            assert module != "reftheads", f"{name} imports the whole package"
-            continue
-        other = module.split(".")[1]
-        if other != name:
-            assert ROW[other] < ROW[name], f"{name} (row {ROW[name]}) imports {other} (row {ROW[other]})"
+        assert module != "reftheads", f"{path} imports the whole package"
+        if module.startswith("reftheads.") and (other := module.split(".")[1]) != name:
+            assert FLOOR[other] < FLOOR[name], f"{name} (floor {FLOOR[name]}) imports {other} (floor {FLOOR[other]})"
+
+
+@pytest.mark.parametrize("package", sorted({path.parent for path in sources()} - {PACKAGE}), ids=lambda path: path.name)
+def test_the_modules_of_a_package_import_one_way(package):
+    prefix = f"reftheads.{package.name}."
+    arrows = {
+        path.stem: {
+            module.removeprefix(prefix).split(".")[0]
+            for module in imported(ast.parse(path.read_text(encoding="utf-8")))
+            if module.startswith(prefix)
+        }
+        for path in package.glob("*.py")
+        if path.stem != "__init__"
+    }
+    while arrows:
+        done = [name for name, others in arrows.items() if not others & (arrows.keys() - {name})]
+        assert done, f"{package.name}: {sorted(arrows)} import each other in a circle"
+        for name in done:
+            del arrows[name]
+
+
+def test_the_documentation_shows_the_floors_as_they_are():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [(i, name, idea) for i, floor in enumerate(FLOORS) for name, idea in floor.items()]
+    table = [f"| {i} | `{name}` | {idea} |" for i, name, idea in rows]
+    assert re.findall(r"^\| \d+ \| `.*$", text, re.M) == table, "\n".join(["the table should be", *table])
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_function_or_class_bears_the_name_of_its_module(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert path.stem not in defined
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -126,7 +164,7 @@ def test_importing_the_package_loads_no_heavy_one():
     seconds, modules = run.stdout.strip().split("\n")[-2:]
     new = set(modules.split())
     print(f"import reftheads: {float(seconds):.2f} s over torch, transformers and peft; {len(new)} modules")
-    assert "reftheads.model" in new
+    assert "reftheads.adapter.model" in new
     heavy = {
         "jaxtyping",
         "pyvene",

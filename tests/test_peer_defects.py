@@ -6,7 +6,7 @@ The order is that of everyday work: train, save, load, generate, and then what g
 import pytest
 import torch
 import transformers as tf
-from models import LAYERS, VOCAB, WIDTH, random_ids, randomise, tiny_gpt2, tiny_llama, weighted
+from support.models import LAYERS, VOCAB, WIDTH, random_ids, randomise, tiny_gpt2, tiny_llama, weighted
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit

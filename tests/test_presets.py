@@ -2,7 +2,7 @@
 
 import peft
 import pytest
-from models import LAYERS, tiny_bart, tiny_gpt2, tiny_llama, tiny_t5
+from support.models import LAYERS, tiny_bart, tiny_gpt2, tiny_llama, tiny_t5
 
 import reftheads as rh
 

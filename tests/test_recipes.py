@@ -13,12 +13,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from support.paths import RECIPES
 from torch import nn
 from transformers import AutoModel
 
 import reftheads as rh
-
-RECIPES = Path(__file__).parent.parent / "recipes"
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +72,7 @@ def test_the_embedded_model_is_small_and_stops(tmp_path):
 
 def test_pretraining_is_deterministic_and_writes_a_model_that_loads(tmp_path):
     for name in ("a", "b"):
-        run("pretrain_tiny.py", "--steps", 3, "--limit", 20, "--threads", 1, "--out", tmp_path / name)
+        run("tools/pretrain_tiny.py", "--steps", 3, "--limit", 20, "--threads", 1, "--out", tmp_path / name)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     base, tokenizer = rh.load_base(str(tmp_path / "a"))
@@ -81,7 +80,7 @@ def test_pretraining_is_deterministic_and_writes_a_model_that_loads(tmp_path):
 
 
 def test_the_benchmark_prints_its_tables():
-    assert "import reftheads" in run("benchmark.py", "import")
+    assert "import reftheads" in run("benchmarks/overhead.py", "import")
 
 
 def test_a_sweep_prints_its_grid_and_writes_a_plot_and_all_figures(tmp_path):

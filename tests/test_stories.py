@@ -1,15 +1,13 @@
 """A real small model: TinyStories, 260,032 parameters. Skipped where its folder is absent."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
+from support.paths import DATA
 from transformers import TrainingArguments, set_seed
 
 import reftheads as rh
 
-FOLDER = Path(os.environ.get("REFTHEADS_DATA", Path(__file__).parents[2] / "shared" / "data")) / "stories260K"
+FOLDER = DATA / "stories260K"
 
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason=f"needs the model stories260K at {FOLDER}")
 

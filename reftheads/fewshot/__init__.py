@@ -5,6 +5,7 @@ CS330) as pieces for a script of one's own; recipes/few_shot_finetune.py and its
 """
 
 from reftheads.fewshot.decoding import greedy_sample, score_labels
+from reftheads.fewshot.finetuning import MODES, fine_tuning_model, parameters_to_fine_tune
 from reftheads.fewshot.metrics import (
     accuracy,
     exact_match,
@@ -13,7 +14,6 @@ from reftheads.fewshot.metrics import (
     rouge,
     shifted_cross_entropy,
 )
-from reftheads.fewshot.modes import MODES, fine_tuning_model, parameters_to_fine_tune
 from reftheads.fewshot.prompts import Format, encode_prompt, formats, icl_prompts, k_shot, order_by_entropy
 from reftheads.fewshot.study import Study, over_seeds, plot, table_of
 from reftheads.fewshot.tasks import RATINGS, Example, Task, load_task

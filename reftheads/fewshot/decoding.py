@@ -16,11 +16,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from reftheads.architectures import arguments
-from reftheads.data import encode_continuations
+from reftheads._utils.eval_mode import evaluating
+from reftheads.architectures.addresses import arguments
+from reftheads.data.rows import encode_continuations
 from reftheads.fewshot.prompts import Prompt, encode_prompt
-from reftheads.modes import evaluating
-from reftheads.runtime import Interventions
+from reftheads.runtime.interventions import Interventions
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from reftheads.losses import IGNORE
+from reftheads.graph.node import IGNORE
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from reftheads.files import replacing
+from reftheads._utils.atomic import replacing
 
 Cell = Mapping[str, Any]
 

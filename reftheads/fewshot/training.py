@@ -7,8 +7,8 @@ from typing import Any
 from rich.table import Table
 from transformers import TrainerCallback
 
-from reftheads.lora import LoRA
-from reftheads.model import InterventionModel
+from reftheads.adapter.model import InterventionModel
+from reftheads.interventions.lora import LoRA
 
 
 class StopWhen(TrainerCallback):

@@ -24,13 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from reftheads.graph import InterventionGraph
-from reftheads.lora import LoRA
-from reftheads.model import WEIGHTS, InterventionModel
-from reftheads.nodes import Node
-from reftheads.plan import PlannedNode
+from reftheads.adapter.model import WEIGHTS, InterventionModel
+from reftheads.adapter.tuner import InterventionConfig
+from reftheads.graph.graph import InterventionGraph
+from reftheads.graph.node import Node
+from reftheads.interventions.lora import LoRA
 from reftheads.presets import lora_name
-from reftheads.tuner import InterventionConfig
+from reftheads.runtime.plan import PlannedNode
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+)\.lora_(?P<letter>[AB])\.weight")

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from reftheads.architectures import stacks
-from reftheads.blocks import within
-from reftheads.export import head_maps
-from reftheads.graph import InterventionGraph
-from reftheads.heads import MappingHead
+from reftheads._utils.eval_mode import evaluating
+from reftheads.adapter.model import InterventionModel
+from reftheads.adapter.tuner import CHILD
+from reftheads.architectures.addresses import stacks
+from reftheads.architectures.blocks import within
+from reftheads.graph.graph import InterventionGraph
+from reftheads.graph.node import Edit
 from reftheads.interop.peft_lora import merge_lora
-from reftheads.lora import LoRA
-from reftheads.losses import Loss, losses
-from reftheads.model import InterventionModel
-from reftheads.modes import evaluating
-from reftheads.nodes import Edit
-from reftheads.tuner import CHILD
+from reftheads.interop.torch_module import head_maps
+from reftheads.interventions.heads import MappingHead
+from reftheads.interventions.lora import LoRA
+from reftheads.interventions.losses import Loss, losses
 
 # by which transformers takes the same loss, should it train the model further
 _PROBLEM = {

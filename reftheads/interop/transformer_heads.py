@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import nn
 
-from reftheads.architectures import StackInfo, locate, stacks
-from reftheads.graph import InterventionGraph
-from reftheads.heads import LinearHead, MappingHead, MLPHead
-from reftheads.nodes import Node
-from reftheads.sites import Site
+from reftheads.architectures.addresses import StackInfo, locate, stacks
+from reftheads.graph.graph import InterventionGraph
+from reftheads.graph.node import Node
+from reftheads.graph.site import Site
+from reftheads.interventions.heads import LinearHead, MappingHead, MLPHead
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from reftheads.heads import LinearHead, MappingHead
-from reftheads.model import InterventionModel
-from reftheads.plan import PlannedNode
-from reftheads.predicting import tracked
+from reftheads.adapter.model import InterventionModel
+from reftheads.inference.prediction import tracked
+from reftheads.interventions.heads import LinearHead, MappingHead
 from reftheads.probing.estimates import Probe
 from reftheads.probing.judging import judge
 from reftheads.probing.recording import record
@@ -19,7 +18,8 @@ from reftheads.probing.result import Probes
 from reftheads.probing.solvers import CLOSED, descend, solve
 from reftheads.probing.stacks import Weights, stacks_of
 from reftheads.probing.targets import TRAIN, Column, parts_of
-from reftheads.store import ActivationStore
+from reftheads.reuse.store import ActivationStore
+from reftheads.runtime.plan import PlannedNode
 
 
 def fit_probes(

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reftheads.heads import MappingHead
-from reftheads.nodes import Params
+from reftheads.graph.node import Params
+from reftheads.interventions.heads import MappingHead
 from reftheads.probing.estimates import Estimate, Probe
 from reftheads.probing.stacks import Stack
 from reftheads.probing.targets import TEST

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from reftheads.architectures import arguments
-from reftheads.data import prompt_mask
-from reftheads.heads import MappingHead
-from reftheads.model import InterventionModel
-from reftheads.modes import evaluating
-from reftheads.nodes import NodeModule, Params
-from reftheads.plan import PlannedNode
-from reftheads.predicting import batches, reusing_where_possible
+from reftheads._utils.eval_mode import evaluating
+from reftheads.adapter.model import InterventionModel
+from reftheads.architectures.addresses import arguments
+from reftheads.data.rows import prompt_mask
+from reftheads.graph.node import NodeModule, Params
+from reftheads.inference.prediction import batches, reusing_where_possible
+from reftheads.interventions.heads import MappingHead
 from reftheads.probing.targets import Column
-from reftheads.store import ActivationStore
+from reftheads.reuse.store import ActivationStore
+from reftheads.runtime.plan import PlannedNode
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from reftheads.files import replacing
+from reftheads._utils.atomic import replacing
 from reftheads.probing.drawing import draw_lines, draw_squares, series
 from reftheads.probing.estimates import Probe
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reftheads.heads import MappingHead
+from reftheads.interventions.heads import MappingHead
 from reftheads.probing.stacks import Stack, Weights
 from reftheads.probing.targets import TRAIN, VALIDATION
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 
-from reftheads.heads import LinearHead, MappingHead
-from reftheads.nodes import Params, Shape
-from reftheads.plan import PlannedNode
+from reftheads.graph.node import Params, Shape
+from reftheads.interventions.heads import LinearHead, MappingHead
 from reftheads.probing.recording import Seen
 from reftheads.probing.targets import Column
+from reftheads.runtime.plan import PlannedNode
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reftheads.heads import MappingHead
-from reftheads.plan import PlannedNode
+from reftheads.interventions.heads import MappingHead
+from reftheads.runtime.plan import PlannedNode
 
 if TYPE_CHECKING:
     from jaxtyping import Int, Shaped

@@ -1,0 +1,566 @@
+"""What a training step costs when only the cone of influence is computed, against pyreft, PEFT and full finetuning.
+
+    python recipes/benchmarks/cone.py --out FOLDER        # the whole table, also as JSON and markdown
+    python recipes/benchmarks/cone.py --only commonsense --repeats 3
+    python recipes/benchmarks/cone.py --only SST-2 --encoder MINILM_FOLDER --sst2 SST2_FOLDER
+    python recipes/benchmarks/cone.py --device cuda --dtype bfloat16
+
+A step is forward, backward and AdamW on what is trained. All steps of a shape use one base model's weights and the same
+rows, and take turns in one process; medians are printed, and ratios are medians of the ratio within each turn. The base
+model is a Llama with random weights: what a step costs does not depend on what the model knows.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import platform
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import reftheads as rh
+from reftheads.reuse.store import ActivationStore
+
+RANK, LORA_RANK, LR = 4, 8, 1e-5
+SLOW = 500  # ms; shorter steps are called several times a turn, so that caches are those of a loop
+
+PLAIN, FIRST, LATER = "reftheads, plain path", "reftheads, first epoch", "reftheads, later epochs"
+PYREFT, LORA, TOP_LORA, FULL = "pyreft", "LoRA r=8", "LoRA r=8, top layers", "full finetuning"
+FORWARD, PRODUCTS = "base model, forward alone", "products of the cone alone"
+
+Batch = dict[str, Tensor]
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows of a kind, what is edited in them, and the least that is wanted: by row of the table, then by column."""
+
+    name: str
+    prompt: int
+    answer: int
+    positions: str = "l1"
+    all_layers: bool = False
+    targets: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def edited(self, layers: int) -> list[int]:
+        return list(range(layers)) if self.all_layers else [layers * 3 // 4]
+
+    def columns(self, prompt: int) -> list[int]:
+        """What the positions select in a prompt."""
+        return [*range(7), *range(prompt - 7, prompt)] if self.positions == "f7+l7" else [prompt - 1]
+
+
+IDEAL = {"share": 0.7}
+NEVER_SLOWER = {"plain": 0.97}
+SHAPES = [
+    Shape("emoji 40+10", 40, 10, targets={LATER: IDEAL}),
+    Shape("GSM8K-like 96+96", 96, 96, targets={LATER: {"pyreft": 6, "lora": 8} | IDEAL}),
+    Shape("commonsense-like 180+4", 180, 4, targets={LATER: {"pyreft": 30, "lora": 50} | IDEAL}),
+    Shape("memorisation 1+256", 1, 256, targets={LATER: IDEAL}),
+    Shape(
+        "f7+l7, all layers 96+16", 96, 16, "f7+l7", all_layers=True,
+        targets={FIRST: NEVER_SLOWER, LATER: NEVER_SLOWER | IDEAL},
+    ),
+]  # fmt: skip
+SST2 = "SST-2, a head on MiniLM"
+
+
+@dataclass
+class Case:
+    """The steps of one shape.
+
+    Attributes:
+        runs: by row of the table, a step.
+        losses: those that must agree, by row.
+        needed: floating-point operations of the cone; 0: not worth a comparison.
+        forward, plain: those of the base model's forward pass, and of a step by the plain path.
+    """
+
+    name: str
+    runs: dict[str, Run]
+    losses: dict[str, float]
+    needed: float = 0
+    forward: float = 0
+    plain: float = 0
+    targets: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+# --- what is trained ---
+
+
+def step_of(loss_of: Callable[[], Tensor], parameters: list[nn.Parameter]) -> Run:
+    """A training step. AdamW updates only what is trained."""
+    optimiser = torch.optim.AdamW(parameters, lr=LR)
+
+    def step() -> None:
+        loss_of().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return step
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def sharing(base: nn.Module) -> Any:
+    """A copy with modules of its own, since hooks are put on them, and the same weights."""
+    return copy.deepcopy(base, {id(weight): weight for weight in (*base.parameters(), *base.buffers())})
+
+
+def with_reftheads(model: rh.InterventionModel, batch: Batch) -> dict[str, Callable[[], Tensor]]:
+    """The loss by the plain path, with an empty store, and with one that knows the batch.
+
+    Each store has one `Replay` for all steps, as in a training run, which hashes the base model's weights once.
+    """
+    with model.reusing(ActivationStore()) as recording, model.reusing(ActivationStore()) as replaying:
+        model(**batch)
+
+    def plain() -> Tensor:
+        return model(**batch).loss
+
+    def first() -> Tensor:
+        recording.store.clear()  # type: ignore[union-attr]
+        with model.reusing(recording):
+            return model(**batch).loss
+
+    def later() -> Tensor:
+        with model.reusing(replaying):
+            return model(**batch).loss
+
+    return {PLAIN: plain, FIRST: first, LATER: later}
+
+
+def with_pyreft(
+    base: LlamaForCausalLM, ours: rh.InterventionModel, layers: list[int], columns: list[list[int]], batch: Batch
+) -> tuple[Callable[[], Tensor], list[nn.Parameter]]:
+    """The same edits, with the same weights, by pyreft: its loss as in `ReftTrainer.compute_loss`."""
+    import pyreft
+
+    width, weight = base.config.hidden_size, next(base.parameters())
+    twins, representations = [], []
+    for layer in layers:
+        node = ours.node(f"n_{layer}")
+        twin = pyreft.LoreftIntervention(embed_dim=width, low_rank_dimension=RANK, dtype=weight.dtype).to(weight.device)
+        with torch.no_grad():
+            twin.rotate_layer.weight = node.R.T
+            twin.learned_source.weight.copy_(node.W)
+            twin.learned_source.bias.copy_(node.b)
+        twins.append(twin)
+        place = {"layer": layer, "component": "block_output", "low_rank_dimension": RANK, "intervention": twin}
+        representations.append(place)
+    model = pyreft.get_reft_model(base, pyreft.ReftConfig(representations=representations), set_device=False)
+    model.model.train()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    where = {"sources->base": (None, [columns] * len(layers))}
+
+    def loss() -> Tensor:
+        return model(inputs, unit_locations=where, labels=batch["labels"])[1].loss
+
+    return loss, [parameter for twin in twins for parameter in twin.parameters()]
+
+
+def with_lora(base: Any, layers: list[int] | None = None) -> peft.PeftModel:
+    projections = ["query", "value"] if hasattr(base, "encoder") else ["q_proj", "v_proj"]
+    config = peft.LoraConfig(r=LORA_RANK, target_modules=projections, layers_to_transform=layers)
+    return peft.get_peft_model(base, config).train()
+
+
+def unfrozen(base: Any) -> Any:
+    """A copy all of whose weights are its own, and trained."""
+    return copy.deepcopy(base).train().requires_grad_(True)
+
+
+# --- language models ---
+
+
+def rows_of(shape: Shape, args: argparse.Namespace) -> tuple[Batch, list[int]]:
+    """Random tokens, padded at the right, and the length of each prompt, which varies by ±10 %."""
+    spread = shape.prompt // 10
+    prompts = [shape.prompt + round(spread * (2 * i / max(args.batch - 1, 1) - 1)) for i in range(args.batch)]
+    ids = torch.zeros(args.batch, max(prompts) + shape.answer, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for i, prompt in enumerate(prompts):
+        end = prompt + shape.answer
+        ids[i, :end] = torch.randint(3, args.vocab, (end,))
+        mask[i, :end] = 1
+        labels[i, prompt:end] = ids[i, prompt:end]
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: value.to(args.device) for name, value in batch.items()}, prompts
+
+
+def llama(args: argparse.Namespace) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=args.width, intermediate_size=-(-args.width * 8 // 3 // 64) * 64, num_hidden_layers=args.layers,
+        num_attention_heads=max(args.width // 64, 1), vocab_size=args.vocab, use_cache=False,
+    )  # fmt: skip
+    base = LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype))
+    return base.train().requires_grad_(False)
+
+
+def language_model(shape: Shape, base: LlamaForCausalLM, args: argparse.Namespace) -> Case:
+    batch, prompts = rows_of(shape, args)
+    layers = shape.edited(args.layers)
+    graph = rh.InterventionGraph.over(layers, rh.LoReFT(rank=RANK), shape.positions, name="n")
+    ours = rh.InterventionModel(sharing(base), graph)
+    losses = with_reftheads(ours, batch)
+    columns = [shape.columns(prompt) for prompt in prompts]
+    losses[PYREFT], theirs = with_pyreft(sharing(base), ours, layers, columns, batch)
+    known = {name: loss().item() for name, loss in losses.items()}
+    runs = {name: step_of(loss, theirs if name == PYREFT else trained(ours)) for name, loss in losses.items()}
+    others = {LORA: with_lora(sharing(base))}
+    if layers[0]:
+        others[TOP_LORA] = with_lora(sharing(base), list(range(layers[0], args.layers)))
+    others[FULL] = unfrozen(base)
+    for name, model in others.items():
+        runs[name] = step_of(lambda model=model: model(**batch).loss, trained(model))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    runs[FORWARD] = torch.no_grad()(lambda: base(**inputs))
+    cut, lengths = layers[0] + 1, [prompt + shape.answer for prompt in prompts]
+    spans = [cone_tokens(edited, length, shape.answer) for edited, length in zip(columns, lengths, strict=True)]
+    runs[PRODUCTS] = products(base, cut, sum(map(len, spans)), shape.answer * args.batch)
+    needed = cone_operations(base, cut, spans, shape.answer)
+    forward, backward = plain_operations(base, cut, batch["input_ids"])
+    return Case(shape.name, runs, known, needed, forward, forward + backward, shape.targets)
+
+
+# --- a head on a real encoder ---
+
+
+class Classifier(nn.Module):
+    """What is written without reftheads: an encoder and a linear map of its first token."""
+
+    def __init__(self, encoder: nn.Module, width: int):
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(width, 2)
+
+    def forward(self, label: Tensor, **inputs: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.encoder(**inputs).last_hidden_state[:, 0]), label)
+
+
+def sentiment(args: argparse.Namespace) -> Case:
+    """A head on the last block's first token of all-MiniLM-L6-v2, sentences of SST-2."""
+    base = AutoModel.from_pretrained(args.encoder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    base = base.to(args.device, getattr(torch, args.dtype)).train().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(args.encoder)
+    lines = (Path(args.sst2) / "train.csv").read_text(encoding="utf-8").splitlines()[1 : args.batch + 1]
+    labels, sentences = zip(*(line.split(",", 1) for line in lines), strict=True)
+    batch = dict(tokenizer(list(sentences), padding=True, return_tensors="pt"))
+    batch = {name: value.to(args.device) for name, value in batch.items()}
+    batch["label"] = torch.tensor([int(label) for label in labels], device=args.device)
+    head = rh.Node(rh.LinearHead(outputs=2, target="label"), -1, positions="0", name="mood")
+    ours = rh.InterventionModel(sharing(base), rh.InterventionGraph(head))
+    losses = with_reftheads(ours, batch)
+    known = {name: loss().item() for name, loss in losses.items()}
+    runs = {name: step_of(loss, trained(ours)) for name, loss in losses.items()}
+    for name, encoder in {LORA: with_lora(sharing(base)), FULL: unfrozen(base)}.items():
+        model = Classifier(encoder, base.config.hidden_size).to(args.device, base.dtype)
+        runs[name] = step_of(lambda model=model: model(**batch), trained(model))
+    inputs = {name: value for name, value in batch.items() if name != "label"}
+    runs[FORWARD] = torch.no_grad()(lambda: base(**inputs))
+    return Case(SST2, runs, known)
+
+
+# --- what the cone needs ---
+
+
+def operations(base: LlamaForCausalLM) -> tuple[float, float, float]:
+    """Of a token in a block but for its attention, for every token that it sees there, and of its logits."""
+    block = 2 * sum(weight.numel() for weight in base.model.layers[0].parameters() if weight.ndim == 2)
+    return block, 4 * base.config.hidden_size, 2 * base.lm_head.weight.numel()
+
+
+def plain_operations(base: LlamaForCausalLM, cut: int, ids: Tensor) -> tuple[float, float]:
+    """Forward, and backward down to block `cut`, with padding and masked attention, which are computed as well."""
+    block, seen, logits = operations(base)
+    rows, columns = ids.shape
+    layers = base.config.num_hidden_layers
+    forward = layers * (block + columns * seen) + logits
+    backward = (layers - cut) * (block + 2 * columns * seen) + logits
+    return rows * columns * forward, rows * columns * backward
+
+
+def cone_tokens(edited: list[int], length: int, answer: int) -> range:
+    """Of a row, the tokens from the first that is edited to the one before the last, which predicts the last label."""
+    return range(min(edited[0], length - answer - 1), length - 1)
+
+
+def cone_operations(base: LlamaForCausalLM, cut: int, spans: list[range], answer: int) -> float:
+    """The least that a step needs, matrix products alone.
+
+    Computed are the blocks from `cut` on for the tokens of each row's span, which attend to all before them. The
+    gradient with respect to activations costs as much again, and in attention also that of the span's keys and values.
+    Logits and their gradient are computed where there is a label.
+    """
+    block, seen, logits = operations(base)
+    total = 0.0
+    for span in spans:
+        pairs, own = sum(token + 1 for token in span), len(span) * (len(span) + 1) / 2
+        forward = len(span) * block + pairs * seen
+        total += (base.config.num_hidden_layers - cut) * (2 * forward + own * seen) + 2 * answer * logits
+    return total
+
+
+def products(base: LlamaForCausalLM, cut: int, tokens: int, labels: int) -> Run:
+    """The products with weights that a step needs, and nothing else: thin ones are slower than the ideal says."""
+    weights = [weight for block in base.model.layers[cut:] for weight in block.parameters() if weight.ndim == 2]
+    head = base.lm_head.weight
+    inputs = {size: head.new_ones(tokens, size) for weight in weights for size in weight.shape}
+    labelled = head.new_ones(labels, head.shape[1])
+
+    @torch.no_grad()
+    def run() -> None:
+        for weight in weights:
+            F.linear(inputs[weight.shape[1]], weight)
+        gradient = F.linear(labelled, head)
+        gradient @ head
+        for weight in weights:
+            inputs[weight.shape[0]] @ weight
+
+    return run
+
+
+# --- measuring ---
+
+
+class Peak(TorchDispatchMode):
+    """The greatest sum of bytes that tensors made within took at a time.
+
+    What existed before (weights, the optimiser's state, a warm store) does not count, nor does what a kernel takes for
+    itself while it runs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for storage in _storages((args, kwargs)):
+            self._see(storage, 0)
+        result = func(*args, **kwargs or {})
+        for storage in _storages(result):
+            self._see(storage, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _see(self, storage: torch.UntypedStorage, size: int) -> None:
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.now += size
+            weakref.finalize(storage, self._gone, storage._cdata, size).atexit = False
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def peak_memory(run: Run, device: str) -> float:
+    """Megabytes that a step takes beyond what is there before it."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with Peak() as measured:
+        run()
+    return measured.peak / 1e6
+
+
+def milliseconds(run: Run, device: str) -> float:
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def measure(case: Case, args: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
+    """One row of the table for each step of a case."""
+    task = progress.add_task(case.name, total=len(case.runs) * (args.repeats + 2))
+
+    def each(do: Callable[[str, Run], float]) -> dict[str, float]:
+        found = {}
+        for name, run in case.runs.items():
+            progress.update(task, description=f"{case.name}: {name}")
+            found[name] = do(name, run)
+            progress.advance(task)
+        return found
+
+    def timed(name: str, run: Run) -> float:
+        calls = 1 if first[name] > SLOW else 4
+        return statistics.median([milliseconds(run, args.device) for _ in range(calls)][calls > 1 :])
+
+    first = each(lambda name, run: milliseconds(run, args.device))  # warms up, too
+    memory = each(lambda name, run: peak_memory(run, args.device))
+    turns = [each(timed) for _ in range(args.repeats)]
+    return [row_of(case, name, turns, memory[name]) for name in case.runs]
+
+
+def row_of(case: Case, name: str, turns: list[dict[str, float]], memory: float) -> dict[str, Any]:
+    def ratio(other: str) -> float | None:
+        if other not in case.runs or name in (FORWARD, PRODUCTS):
+            return None
+        return statistics.median(turn[other] / turn[name] for turn in turns)
+
+    share = None
+    if case.needed and name in (PLAIN, FIRST, LATER, PRODUCTS):
+        share = statistics.median(case.needed / case.forward * turn[FORWARD] / turn[name] for turn in turns)
+    row = {
+        "shape": case.name, "row": name, "ms": statistics.median(turn[name] for turn in turns),
+        "operations": case.plain / case.needed if case.needed else None,
+        "all_ms": [turn[name] for turn in turns], "memory": memory,
+        "plain": ratio(PLAIN), "pyreft": ratio(PYREFT), "lora": ratio(LORA), "share": share,
+    }  # fmt: skip
+    wanted = case.targets.get(name, {})
+    return row | {"targets": wanted, "met": {column: row[column] >= least for column, least in wanted.items()}}
+
+
+# --- showing ---
+
+COLUMNS = ["", "step, ms", "peak, MB", "× plain", "× pyreft", "× LoRA", "of ideal", "wanted"]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    def shown(value: float | None, digits: int = 2) -> str:
+        return "—" if value is None else f"{value:.{digits if value < 10 else 1}f}"
+
+    names = {"plain": "× plain", "pyreft": "× pyreft", "lora": "× LoRA", "share": "of ideal"}
+    wanted = [
+        f"≥ {least:g} {names[column]}{'' if row['met'][column] else ' MISSED'}"
+        for column, least in row["targets"].items()
+    ]
+    ratios = [shown(row[column]) for column in ("plain", "pyreft", "lora", "share")]
+    return [row["row"], f"{row['ms']:.2f}", f"{row['memory']:.2f}", *ratios, "\n".join(wanted)]
+
+
+def operations_of(row: dict[str, Any]) -> str:
+    """How much faster than the plain path a step could be at most, if it took nothing but matrix products."""
+    return "" if row["operations"] is None else f"operations: {row['operations']:.1f} × fewer"
+
+
+def caption(args: argparse.Namespace, differences: dict[str, float]) -> str:
+    where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {args.threads} thread(s)"
+    greatest = max(differences, key=differences.__getitem__)
+    return (
+        f"{where}; {args.layers} layers, width {args.width}, vocabulary {args.vocab}, batch {args.batch}, "
+        f"{args.dtype}; median of {args.repeats}. × pyreft: its time by this one's. Of ideal: the time that the matrix "
+        "products of the cone would take at the speed of the base model's forward pass, by the step's. "
+        f"Losses of reftheads and pyreft differ by {differences[greatest]:.1e} at most ({greatest})."
+    )
+
+
+def table_of(rows: list[dict[str, Any]], text: str) -> Table:
+    table = Table(title="A training step", caption=text)
+    for column in COLUMNS:
+        table.add_column(column, no_wrap=True, justify="left" if column in ("", "wanted") else "right")
+    shape = None
+    for row in rows:
+        if row["shape"] != shape:
+            shape = row["shape"]
+            table.add_section()
+            table.add_row(f"[bold]{shape}[/bold]", *[""] * (len(COLUMNS) - 2), operations_of(row))
+        table.add_row(*cells(row))
+    return table
+
+
+def markdown_of(rows: list[dict[str, Any]], text: str) -> str:
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|---{'|---:' * (len(COLUMNS) - 2)}|---|"]
+    shape = None
+    for row in rows:
+        if row["shape"] != shape:
+            shape = row["shape"]
+            lines.append(f"| **{shape}** |{' |' * (len(COLUMNS) - 2)} {operations_of(row)} |")
+        lines.append(f"| {' | '.join(cells(row))} |".replace("\n", "; "))
+    return "\n".join([*lines, "", text, ""])
+
+
+def write(folder: Path, rows: list[dict[str, Any]], args: argparse.Namespace, differences: dict[str, float]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, rh)}
+    figures = {
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "machine": platform.platform(), "versions": versions, "greatest_difference": differences, "rows": rows,
+    }  # fmt: skip
+    (folder / "cone.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    (folder / "cone.md").write_text(markdown_of(rows, caption(args, differences)), encoding="utf-8")
+
+
+def cases(args: argparse.Namespace, console: Console) -> Iterator[Case]:
+    """Those wanted, made one after the other, since each has a model to finetune in full."""
+    shapes = [shape for shape in SHAPES if args.only in shape.name]
+    base = llama(args) if shapes else None
+    for shape in shapes:
+        yield language_model(shape, base, args)  # type: ignore[arg-type]
+    if args.only not in SST2:
+        return
+    if args.encoder and args.sst2 and Path(args.encoder).is_dir() and (Path(args.sst2) / "train.csv").is_file():
+        yield sentiment(args)
+    else:
+        console.print(f"{SST2}: left out, since it needs --encoder (a folder) and --sst2 (a folder with train.csv)")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument(
+        "--vocab", type=int, default=4096, help="4096: logits take as small a share of the work as in a model of 7B"
+    )
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--dtype", default="float32", help="of the base model; what reftheads trains is float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", metavar="WORD", help="shapes whose name contains it")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--encoder", help="a folder with all-MiniLM-L6-v2")
+    parser.add_argument("--sst2", help="a folder with train.csv of SST-2")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for cone.json and cone.md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args, console = arguments(), Console()
+    console.width = max(console.width, 124)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    differences: dict[str, float] = {}
+    with Progress(console=console, transient=True) as progress:
+        for case in cases(args, console):
+            low, high = min(case.losses.values()), max(case.losses.values())
+            differences[case.name] = (high - low) / abs(low)
+            rows += measure(case, args, progress)
+            if args.out:
+                write(args.out, rows, args, differences)
+    if rows:
+        console.print(table_of(rows, caption(args, differences)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""The PEFT method: configuration, tuner, model, and how it is saved and loaded."""
+
+from reftheads.adapter.model import InterventionModel
+from reftheads.adapter.tuner import InterventionConfig
+
+__all__ = ["InterventionConfig", "InterventionModel"]

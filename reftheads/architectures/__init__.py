@@ -1,0 +1,5 @@
+"""Reading the structure of any base model: its stacks, its blocks, and where in them a component is."""
+
+from reftheads.architectures.addresses import Address, StackInfo, locate, stacks
+
+__all__ = ["Address", "StackInfo", "locate", "stacks"]

@@ -1,0 +1,25 @@
+"""The node types, each with its equation: ReFT, steering, LoRA, heads and their losses."""
+
+from reftheads.interventions.heads import LinearHead, MLPHead
+from reftheads.interventions.lora import LoRA
+from reftheads.interventions.reft import ConsReFT, DiReFT, LobiReFT, LoReFT, LowRank, NoDiReFT, NoReFT, ScaleAndBias
+from reftheads.interventions.steering import Ablate, Collect, Gated, Replace, Steering
+
+__all__ = [
+    "Ablate",
+    "Collect",
+    "ConsReFT",
+    "DiReFT",
+    "Gated",
+    "LinearHead",
+    "LoRA",
+    "LoReFT",
+    "LobiReFT",
+    "LowRank",
+    "MLPHead",
+    "NoDiReFT",
+    "NoReFT",
+    "Replace",
+    "ScaleAndBias",
+    "Steering",
+]

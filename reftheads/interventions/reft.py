@@ -1,0 +1,206 @@
+"""Representation finetuning: low-rank edits of the hidden state, and scale-and-bias.
+
+ReFT: Wu et al. 2024, https://arxiv.org/abs/2404.03592. RED: Wu et al. 2024,
+https://arxiv.org/abs/2402.15179.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from reftheads.graph.node import Context, Edit, Params, Shape, read_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def orthonormalise(m: Float[Tensor, "*nodes rank width"]) -> Float[Tensor, "*nodes rank width"]:
+    """R with the row space of M, which has full rank, and R Rᵀ = I, in float32 or finer.
+
+    R = L⁻¹M with the Cholesky factor L Lᵀ = M Mᵀ, computed in float64 where the device has it: the
+    thin QR decomposition of Mᵀ with a positive diagonal, to about 1e-16 · cond(M)². It costs
+    O(rank² · width), is M itself where M is orthonormal already, and does not change when M is scaled, so
+    that weight decay leaves R alone.
+    """
+    wide = m.float() if m.device.type == "mps" else m.double()
+    factor, _ = torch.linalg.cholesky_ex(wide @ wide.mT)
+    return torch.linalg.solve_triangular(factor, wide, upper=False).to(torch.promote_types(m.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class LowRank(Edit):
+    """What the ReFT family has in common: h ↦ h + Pᵀ(source − target).
+
+    P is R, whose rows are orthonormal at all times, or a free matrix; the source is act(Wh + b) or a
+    constant b; the target is Ph or nothing. Stored are P [rank width], or M [rank width] of which R is
+    the orthonormalisation; W [rank width]; b [rank].
+
+    Args:
+        rank: number of rows of P, at most the width.
+        act_fn: name of an activation of transformers, applied to Wh + b.
+        dropout: probability, on the edited hidden states in training mode, where pyreft has it.
+        bias: whether Wh has a bias b.
+        dtype: of the parameters and of the computation.
+        init: "orthogonal" starts at random as pyreft does, "identity" at an edit that changes nothing.
+
+    Raises:
+        ValueError: a rank below 1 or, at compile time, over the width; an unknown or unfit option.
+    """
+
+    rank: int
+    act_fn: str | None = None
+    dropout: float = 0.0
+    bias: bool = True
+    dtype: str = "float32"
+    init: Literal["orthogonal", "identity"] = "orthogonal"
+
+    orthonormal: ClassVar[bool] = True
+    reads: ClassVar[bool] = True  # the source is act(Wh + b) rather than b
+    subtracts: ClassVar[bool] = True  # the target is Ph rather than nothing
+
+    def __post_init__(self) -> None:
+        kind = type(self).__name__
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank of {kind} must be a positive integer, got {self.rank!r}")
+        if self.act_fn is not None and self.act_fn not in ACT2FN:
+            raise ValueError(f"unknown act_fn {self.act_fn!r}: use one of {', '.join(sorted(ACT2FN))}")
+        if self.init not in ("orthogonal", "identity"):
+            raise ValueError(f"init must be 'orthogonal' or 'identity', got {self.init!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+        if not self.reads and (self.act_fn is not None or not self.bias):
+            raise ValueError(f"{kind} has the constant b alone as its source: leave act_fn and bias out")
+        if self.init == "identity" and self.subtracts and (not self.reads or self.act_fn is not None):
+            raise ValueError(f"{kind} with act_fn={self.act_fn!r} is never the identity: use init='orthogonal'")
+        read_dtype(self.dtype)
+
+    @property
+    def letters(self) -> dict[str, str]:  # type: ignore[override]
+        return {"R": "M"} if self.orthonormal else {}
+
+    @cached_property
+    def derives_from(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (("M", "W") if self._one_product else ("M",)) if self.orthonormal else ()
+
+    def derive(self, p: Params) -> Params:
+        if not self.orthonormal:
+            return {}
+        r = orthonormalise(p["M"])
+        return {"R": r, "D": p["W"] - r.to(p["W"].dtype)} if self._one_product else {"R": r}
+
+    @cached_property
+    def _one_product(self) -> bool:
+        """Whether Wh − Rh can be had as Dh with D = W − R."""
+        return self.reads and self.subtracts and self.act_fn is None
+
+    def parameters(self, shape: Shape) -> dict[str, Tensor]:
+        if self.rank > shape.width:
+            raise ValueError(f"rank {self.rank} is over the width {shape.width} of the hidden states there")
+        dtype = read_dtype(self.dtype)
+        m = torch.empty(self.rank, shape.width)
+        if self.orthonormal:
+            nn.init.orthogonal_(m)
+        else:
+            nn.init.kaiming_uniform_(m, a=5**0.5)
+        out: dict[str, Tensor] = {"M" if self.orthonormal else "P": nn.Parameter(m.to(dtype))}
+        limit = shape.width**-0.5
+        if self.reads:
+            w = torch.empty(self.rank, shape.width).uniform_(-limit, limit).to(dtype)
+            if self.init == "identity":
+                target = orthonormalise(out["M"]) if self.orthonormal else out["P"]
+                w = target.detach().to(dtype) if self.subtracts else torch.zeros_like(w)
+            out["W"] = nn.Parameter(w)
+        if self.bias:
+            b = torch.empty(self.rank).uniform_(-limit, limit) if self.reads else torch.rand(self.rank)
+            out["b"] = nn.Parameter((torch.zeros_like(b) if self.init == "identity" else b).to(dtype))
+        return out
+
+    def edit(
+        self, p: Params, h: Float[Tensor, "batch slots width"], context: Context
+    ) -> Float[Tensor, "batch slots width"]:
+        projection, b = p["R"] if self.orthonormal else p["P"], p.get("b")
+        if projection.dtype != h.dtype:
+            projection = projection.to(h.dtype)
+        difference = p.get("D")
+        if difference is not None:
+            coefficients = F.linear(h, difference, b)
+        elif not self.reads:
+            coefficients = p["b"] - h @ projection.mT if self.subtracts else p["b"].expand(*h.shape[:-1], -1)
+        else:
+            coefficients = F.linear(h, p["W"], b)
+            if self.act_fn is not None:
+                coefficients = ACT2FN[self.act_fn](coefficients)
+            if self.subtracts:
+                coefficients = coefficients - h @ projection.mT
+        edited = h + coefficients @ projection
+        return F.dropout(edited, self.dropout) if self.dropout and context.training else edited
+
+
+@dataclass(frozen=True)
+class LoReFT(LowRank):
+    """Low-rank linear subspace ReFT: h ↦ h + Rᵀ(Wh + b − Rh), R Rᵀ = I (the paper's equation 2)."""
+
+
+@dataclass(frozen=True)
+class NoReFT(LowRank):
+    """LoReFT whose projection is free: h ↦ h + Pᵀ(Wh + b − Ph)."""
+
+    orthonormal: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class DiReFT(LowRank):
+    """LoReFT without the difference: h ↦ h + Rᵀ(Wh + b), R Rᵀ = I."""
+
+    subtracts: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class NoDiReFT(LowRank):
+    """DiReFT whose projection is free: h ↦ h + Pᵀ(Wh + b) (the paper's equation 3)."""
+
+    orthonormal: ClassVar[bool] = False
+    subtracts: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class ConsReFT(LowRank):
+    """LoReFT with a constant source: h ↦ h + Rᵀ(b − Rh), R Rᵀ = I."""
+
+    reads: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class LobiReFT(LowRank):
+    """A low-rank bias: h ↦ h + Rᵀb, R Rᵀ = I."""
+
+    reads: ClassVar[bool] = False
+    subtracts: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class ScaleAndBias(Edit):
+    """Representation editing (RED): h ↦ s ⊙ h + b, starting at the identity (s = 1, b = 0).
+
+    Args:
+        dtype: of the parameters and of the computation.
+    """
+
+    dtype: str = "float32"
+
+    def parameters(self, shape: Shape) -> dict[str, Tensor]:
+        dtype = read_dtype(self.dtype)
+        return {
+            "s": nn.Parameter(torch.ones(shape.width, dtype=dtype)),
+            "b": nn.Parameter(torch.zeros(shape.width, dtype=dtype)),
+        }
+
+    def edit(self, p: Params, h: Tensor, context: Context) -> Tensor:
+        return h * p["s"] + p["b"]

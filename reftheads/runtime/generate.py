@@ -1,0 +1,163 @@
+"""What `generate` of a base model with a graph does besides.
+
+It records where the prompt ends when it starts, so that every later pass knows; and where heads are asked for, it reads
+the finished sequences once more.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.generic import ModelOutput
+
+from reftheads.architectures.addresses import arguments
+from reftheads.graph.node import Head
+from reftheads.runtime.hooks import ending
+from reftheads.runtime.interventions import Interventions
+from reftheads.runtime.output import extend, replaced
+from reftheads.runtime.passes import Call
+from reftheads.runtime.plan import PlannedNode
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int, Shaped
+
+# arguments of a model's forward that say nothing of the tokens but what they are
+_TOKENS = frozenset("input_ids attention_mask past_key_values use_cache output_hidden_states output_attentions".split())
+
+
+def record_prompts(base: nn.Module) -> None:
+    """Lets `base.generate` record its prompts, whoever calls it: PEFT's wrappers, a pipeline, a trainer."""
+    if hasattr(type(base), "generate"):
+        base.generate = MethodType(_generate, base)  # type: ignore[assignment]
+
+
+def _generate(base: Any, *args: Any, **kwargs: Any) -> Any:
+    layer: Interventions = base.interventions
+    prompt_mask = kwargs.pop("prompt_mask", None)
+    readers: list[PlannedNode] = []
+    if kwargs.pop("return_heads", False):
+        readers = _readers(base, layer, kwargs)
+        config = kwargs.get("generation_config")
+        if config is None:
+            kwargs["return_dict_in_generate"] = True
+        else:  # beside one, transformers wants no other options
+            kwargs["generation_config"] = copy(config)
+            kwargs["generation_config"].return_dict_in_generate = True
+    if base.config.is_encoder_decoder:
+        start = kwargs.get("decoder_input_ids")
+        real = torch.ones((1, 1) if start is None else tuple(start.shape), dtype=torch.bool, device=base.device)
+        with layer.generating(real, real, encoder_prompt=None if prompt_mask is None else prompt_mask.bool()):
+            return type(base).generate(base, *args, **kwargs)
+    candidates = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    inputs = next((given for given in candidates if given is not None), None)
+    if inputs is None:  # generation starts from one token that begins a text
+        real = torch.ones((1, 1), dtype=torch.bool, device=base.device)
+    else:
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = real_tokens(base, inputs, kwargs)
+        real = kwargs["attention_mask"].bool()
+    if prompt_mask is not None and prompt_mask.shape != real.shape:
+        raise ValueError(
+            f"prompt_mask has shape {tuple(prompt_mask.shape)}, but the input {tuple(real.shape)} (rows, columns): "
+            "give one entry a column"
+        )
+    prompt = real if prompt_mask is None else real & prompt_mask.bool()
+    with layer.generating(real, prompt):
+        out = type(base).generate(base, *args, **kwargs)
+    if not readers:
+        return out
+    times = len(out.sequences) // len(real)  # beams and return sequences repeat each row
+    real, prompt = (mask.repeat_interleave(times, 0) for mask in (real, prompt))
+    ended = _ended(base, kwargs, out.sequences[:, real.shape[1] :])
+    seen = _read(base, layer, readers, out.sequences, torch.cat([real, ~ended], 1), prompt)
+    return replaced(out, **{name: seen.get(name) for name in ("predictions", "collected", "selected")})
+
+
+def real_tokens(
+    base: Any, inputs: Shaped[Tensor, "rows columns *width"], kwargs: dict[str, Any]
+) -> Int[Tensor, "rows columns"]:
+    """The mask that `generate` makes up where none is given: padding, if it can be told from an end."""
+    pad, eos = (option(base, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
+    if inputs.ndim == 2 and pad is not None and pad not in (eos if isinstance(eos, list | tuple) else [eos]):
+        return (inputs != pad).long()
+    return inputs.new_ones(inputs.shape[:2], dtype=torch.long)
+
+
+def option(base: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """An option of `generate`: of the call, its configuration, or else the model's."""
+    given = (kwargs.get(name), getattr(kwargs.get("generation_config"), name, None))
+    return next((value for value in given if value is not None), getattr(base.generation_config, name))
+
+
+# --- heads ------------------------------------------------------------------------------------------------
+
+
+def _readers(base: Any, layer: Interventions, kwargs: dict[str, Any]) -> list[PlannedNode]:
+    """The nodes that read finished sequences.
+
+    Raises:
+        ValueError: no head acts, a model with an encoder, or an input of more than tokens.
+    """
+    stacks = {stack.path for plan in layer.plans.values() for stack in plan.stacks if stack.causal}
+    if base.config.is_encoder_decoder or len(stacks) != 1:
+        raise ValueError(
+            "return_heads=True is for models of one decoder: call the model on what was generated, as "
+            "model(input_ids=…, decoder_input_ids=sequences)"
+        )
+    acting = () if layer.disable_adapters else layer.nodes_of(*stacks)
+    readers = [planned for _, planned, _ in acting if not planned.edits]
+    if not any(isinstance(planned.node.intervention, Head) for planned in readers):
+        raise ValueError(
+            "return_heads=True, but no head acts: add a node such as rh.Node(rh.LinearHead(1), layer=-1) to the graph, "
+            "or switch its adapter on"
+        )
+    beside = kwargs.keys() & set(arguments(base)) - _TOKENS
+    given = sorted(name for name in beside if kwargs[name] is not None)
+    if given:
+        raise ValueError(
+            f"return_heads=True reads sequences of tokens alone, and generate was given {', '.join(given)} too: leave "
+            "that out, or call the model on what was generated"
+        )
+    return readers
+
+
+def _ended(base: Any, kwargs: dict[str, Any], new: Int[Tensor, "rows new"]) -> Bool[Tensor, "rows new"]:
+    """What follows the end of a row among the tokens that were generated; the end itself belongs to the text."""
+    pad, eos = (option(base, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
+    if eos is None:  # then all rows go on to the same length
+        return torch.zeros_like(new, dtype=torch.bool)
+    ends = torch.isin(new, torch.as_tensor(eos, device=new.device)).long()
+    ended = ends.cumsum(1) > ends
+    if pad is None or bool(torch.isin(torch.as_tensor(pad), torch.as_tensor(eos))):
+        return ended
+    # rows that something else ended, such as stop_strings, are filled up without an end
+    return ended | (new == pad).flip(1).cumprod(1).flip(1).bool()
+
+
+def _read(
+    base: nn.Module,
+    layer: Interventions,
+    readers: list[PlannedNode],
+    ids: Int[Tensor, "rows columns"],
+    real: Bool[Tensor, "rows columns"],
+    prompt: Bool[Tensor, "rows prompt_columns"],
+) -> ModelOutput:
+    """What is read of whole sequences; the blocks above the last reader, and logits, are not computed."""
+    path = readers[0].address.stack
+    stack = base.get_submodule(path)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": real.long(), "use_cache": False}
+    if "position_ids" in arguments(stack):
+        inputs["position_ids"] = (real.cumsum(1) - 1).clamp(min=0)  # padding on the left does not count
+
+    call, addresses = Call(prompt_mask=prompt), [planned.address for planned in readers]
+    with torch.no_grad(), layer.calling(call):
+        with ending(
+            base, ((a.module, a.side) for a in addresses), lambda: len(layer.runs[path].readings) == len(readers)
+        ):
+            stack(**inputs)
+    return extend(BaseModelOutput(), call.named(), {})

@@ -1,0 +1,211 @@
+"""Nodes: what they accept, how they are written down, and the module that holds their parameters."""
+
+import copy
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from support.models import WIDTH, random_ids, tiny_llama
+from torch import nn
+
+import reftheads as rh
+from reftheads.graph.node import Constant, Intervention, NodeModule, Shape, read_dtype
+
+
+@dataclass(frozen=True)
+class Amplify(rh.Edit):
+    """h ↦ h · (1 + strength · g), with a learned g for every feature."""
+
+    strength: float = 1.0
+
+    def parameters(self, shape):
+        return {"g": nn.Parameter(torch.zeros(shape.width))}
+
+    def edit(self, p, h, context):
+        return h * (1 + self.strength * p["g"])
+
+
+def test_a_type_of_ones_own_is_one_small_class(tmp_path):
+    graph = rh.InterventionGraph(rh.Node(Amplify(strength=2.0), layer=1, name="mine"))
+    assert rh.InterventionGraph.from_dict(json.loads(json.dumps(graph.to_dict()))) == graph
+    base, ids = tiny_llama(), random_ids()
+    plain = base(ids).logits
+    model = rh.InterventionModel(base, graph)
+    assert torch.equal(model(ids).logits, plain)
+    model.node("mine").assign(g=torch.full((WIDTH,), 0.5))
+    model.save_pretrained(tmp_path)
+    again = rh.InterventionModel.from_pretrained(tiny_llama(), tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+    doubled = tiny_llama()
+    doubled.model.layers[1].register_forward_hook(lambda module, args, h: h * 2)
+    torch.testing.assert_close(again(ids).logits, doubled(ids).logits)
+
+
+def test_a_type_that_is_not_imported_is_named_with_the_known_ones():
+    with pytest.raises(ValueError) as error:
+        rh.Node.from_dict({"type": "Elsewhere", "layer": 0})
+    assert "unknown type of node 'Elsewhere'" in str(error.value)
+    assert "LoReFT" in str(error.value) and "import the module that defines it first" in str(error.value)
+
+
+@pytest.mark.parametrize("given", [None, "LoReFT", 3, nn.Linear(2, 2)])
+def test_a_node_needs_an_intervention(given):
+    with pytest.raises(ValueError, match=r"a node needs an intervention such as LoReFT\(rank=4\), got"):
+        rh.Node(given, layer=0)
+
+
+def test_a_class_in_place_of_an_intervention_is_told_to_get_its_parentheses():
+    with pytest.raises(ValueError, match="add parentheses to make one"):
+        rh.Node(rh.LoReFT, layer=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "rh_a", "farh_a", "items", "training", "forward", 3])
+@pytest.mark.parametrize("label", ["name", "share"])
+def test_a_name_that_cannot_be_kept_in_a_checkpoint_is_refused(label, name):
+    with pytest.raises(ValueError, match=f"{label} {name!r} cannot be used: take a word"):
+        rh.Node(rh.LoReFT(rank=1), layer=0, **{label: name})
+
+
+def test_a_gated_edit_needs_a_source():
+    with pytest.raises(ValueError, match="Gated reads another node: name it with source=…"):
+        rh.Node(rh.Gated(rh.LoReFT(rank=1)), layer=0)
+
+
+def test_a_source_that_nobody_would_look_at_is_refused():
+    with pytest.raises(ValueError, match="LoReFT reads no other node, got source='probe': leave it out, wrap an edit"):
+        rh.Node(rh.LoReFT(rank=1), layer=0, source="probe")
+
+
+def test_a_type_of_ones_own_may_read_a_source_or_do_without():
+    @dataclass(frozen=True)
+    class Nudge(rh.Edit):
+        reads_source = True
+
+        def parameters(self, shape):
+            return {}
+
+        def edit(self, p, h, context):
+            return h if context.source is None else h + context.source
+
+    def logits(source):
+        probe = rh.Node(rh.LinearHead(outputs=1), layer=0, positions="l1", name="probe")
+        nudge = rh.Node(Nudge(), layer=1, positions="l1", source=source)
+        torch.manual_seed(0)
+        return rh.InterventionModel(tiny_llama(), rh.InterventionGraph(probe, nudge))(random_ids()).logits
+
+    plain = tiny_llama()(random_ids()).logits
+    assert torch.equal(logits(None), plain)
+    assert not torch.equal(logits("probe")[:, -1], plain[:, -1])
+
+
+def test_made_up_names_say_type_and_site():
+    def name(intervention, *args, **kwargs):
+        return rh.Node(intervention, *args, **kwargs).default_name()
+
+    assert name(rh.LoReFT(rank=1), 3) == "loreft_3"
+    assert name(rh.LoReFT(rank=1), 3, "query_output", head=2) == "loreft_3_query_output_head2"
+    assert name(rh.LinearHead(outputs=2), -1, stack="encoder") == "linearhead_encoder_-1"
+    assert name(rh.Collect(), component="final_norm_output") == "collect_final_norm_output"
+    assert name(rh.Collect(), component="model.layers.0.mlp") == "collect_model_layers_0_mlp"
+
+
+def test_defaults_are_left_out_of_the_written_node():
+    assert rh.Node(rh.LoReFT(rank=4), layer=8, name="a").to_dict() == {
+        "name": "a", "type": "LoReFT", "options": {"rank": 4}, "layer": 8, "positions": "all",
+    }  # fmt: skip
+
+
+def test_positions_by_a_function_cannot_be_written():
+    node = rh.Node(rh.LoReFT(rank=1), layer=0, positions=lambda tokens: tokens.in_prompt, name="a")
+    with pytest.raises(ValueError, match=r"cannot be saved: use a rule in words or Positions.where\(token_ids=…\)"):
+        node.to_dict()
+
+
+def test_a_constant_is_a_copy_of_what_was_given():
+    given = torch.ones(3, requires_grad=True)
+    constant = Constant(given)
+    with torch.no_grad():
+        given.zero_()
+    assert constant.value.tolist() == [1, 1, 1] and not constant.value.requires_grad
+    assert constant == Constant([5.0, 6.0, 7.0]) and hash(constant) == hash(Constant([5.0, 6.0, 7.0]))
+    assert constant != Constant([1.0]) and constant != given
+    assert repr(constant) == "Constant(3)" and repr(Constant(1.0)) == "Constant(scalar)"
+
+
+@pytest.mark.parametrize("name", ["int8", "float33", "nn", 32, torch.float32])
+def test_a_dtype_is_the_name_of_a_float_type(name):
+    with pytest.raises(ValueError, match="dtype must be the name of a torch float type such as 'float32'"):
+        read_dtype(name)
+    assert read_dtype("bfloat16") is torch.bfloat16
+
+
+# --- the module ---------------------------------------------------------------------------------------------
+
+
+def test_the_papers_letters_are_the_parameters():
+    node = NodeModule(rh.LoReFT(rank=3), Shape(8))
+    assert (node.R.shape, node.W.shape, node.b.shape) == ((3, 8), (3, 8), (3,))
+    torch.testing.assert_close(node.R @ node.R.T, torch.eye(3), atol=1e-6, rtol=0)
+    assert not node.R.requires_grad and node.W.requires_grad
+    with pytest.raises(AttributeError, match="Q"):
+        _ = node.Q
+
+
+def test_assign_sets_what_the_letters_then_read():
+    node = NodeModule(rh.LoReFT(rank=2), Shape(6))
+    r = torch.linalg.qr(torch.randn(6, 2, generator=torch.Generator().manual_seed(0)))[0].T
+    node.assign(R=r, W=torch.ones(2, 6), b=[1.0, 2.0])
+    torch.testing.assert_close(node.R, r, atol=1e-6, rtol=0)
+    assert node.W.tolist() == [[1.0] * 6] * 2 and node.b.tolist() == [1.0, 2.0]
+
+
+def test_assign_refuses_and_changes_nothing():
+    node = NodeModule(rh.LoReFT(rank=2), Shape(6))
+    before = copy.deepcopy(node.state_dict())
+    with pytest.raises(ValueError, match="LoReFT has no parameter 'Q': it has M, W, b"):
+        node.assign(Q=torch.zeros(2, 6))
+    with pytest.raises(ValueError, match=r"W must have shape \(2, 6\), got \(6, 2\)"):
+        node.assign(W=torch.zeros(6, 2))
+    with pytest.raises(ValueError, match="R of a LoReFT needs orthonormal rows"):
+        node.assign(R=torch.ones(2, 6))
+    with pytest.raises(ValueError, match="has no parameter 'Q'"):
+        node.assign(b=torch.ones(2), Q=torch.zeros(1))
+    for name, value in node.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_given_vectors_are_saved_but_not_trained():
+    given = NodeModule(rh.Steering(vector=torch.arange(4.0)), Shape(4))
+    assert list(given.parameters()) == [] and given.v.tolist() == [0, 1, 2, 3]
+    assert list(given.state_dict()) == ["v"]
+    assert [n for n, _ in NodeModule(rh.Steering(torch.ones(4), trainable=True), Shape(4)).named_parameters()] == ["v"]
+
+
+def test_modules_made_from_one_constant_share_nothing_with_it_or_each_other():
+    for intervention in (
+        rh.Steering(torch.ones(4), trainable=True),
+        rh.Steering(torch.ones(4)),
+        rh.Replace(torch.ones(4)),
+    ):
+        first, second = NodeModule(intervention, Shape(4)), NodeModule(intervention, Shape(4))
+        with torch.no_grad():
+            for tensor in first.stored().values():
+                tensor.zero_()
+        assert all(tensor.tolist() == [1] * 4 for tensor in second.stored().values())
+        assert all(constant.value.tolist() == [1] * 4 for constant in intervention.constants())
+
+
+def test_a_module_derives_alone_what_it_is_not_given():
+    node, h = NodeModule(rh.LoReFT(rank=2), Shape(6)), torch.randn(1, 3, 6)
+    stored = node.stored()
+    with_r = node({**stored, **node.intervention.derive(stored)}, h, rh.Context())
+    assert torch.equal(node(None, h, rh.Context()), with_r)
+    assert torch.allclose(with_r, h + (h @ node.W.T + node.b - h @ node.R.T) @ node.R, atol=1e-6)
+
+
+def test_the_abstract_kinds_cannot_be_made():
+    for kind in (Intervention, rh.Edit, rh.Reader, rh.Head):
+        with pytest.raises(TypeError, match="abstract"):
+            kind()  # type: ignore[abstract]

@@ -1,0 +1,383 @@
+"""Every rule against an oracle that slices Python lists, row by row."""
+
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reftheads.graph.positions import Positions, Selection, Tokens
+
+FEW = settings(max_examples=150, deadline=None)
+
+
+@dataclass
+class Rows:
+    """Rows of one width; of each, which columns hold tokens and which of these belong to the prompt."""
+
+    real: list[list[bool]]
+    prompt: list[list[bool]] | None
+    ids: list[list[int]]
+    masked: bool
+
+    @property
+    def width(self) -> int:
+        return len(self.real[0])
+
+    def tokens(self, start: int = 0, stop: int | None = None, tensor_past: bool = False) -> Tokens:
+        stop = self.width if stop is None else stop
+        return Tokens.of(
+            (len(self.real), stop - start),
+            torch.tensor(start) if tensor_past else start,
+            torch.tensor(self.real).long() if self.masked else None,
+            None if self.prompt is None else torch.tensor(self.prompt),
+            torch.tensor(self.ids)[:, start:stop],
+        )
+
+
+def term_columns(term: str, real: list[int], prompt: list[int], capped: bool) -> set[int]:
+    """Which columns a term means, given those that hold tokens and those of the prompt, in order."""
+    n = len(prompt)
+    if term in ("all", "prompt", "generated"):
+        return {"all": set(real), "prompt": set(prompt), "generated": set(real) - set(prompt)}[term]
+    if term[0] in "fl":
+        count = min(int(term[1:]), n // 2) if capped else min(int(term[1:]), n)
+        return set(prompt[:count] if term[0] == "f" else prompt[n - count :])
+    if ":" in term:
+        start, stop = (int(end) if end else None for end in term.split(":"))
+        return set(prompt[start:stop])
+    return {prompt[int(term)]} if -n <= int(term) < n else set()
+
+
+def oracle(rule: str, rows: Rows) -> list[list[int]]:
+    part, _, whole = rule.partition(" of ")
+    terms = (whole or part).split("+")
+    capped = any(t[0] == "f" for t in terms) and any(t[0] == "l" for t in terms)
+    out = []
+    for i, real in enumerate(rows.real):
+        columns = [c for c, there in enumerate(real) if there]
+        prompt = (
+            columns if rows.prompt is None else [c for c in columns if c < len(rows.prompt[i]) and rows.prompt[i][c]]
+        )
+        chosen: set[int] = set()
+        for term in [part] if whole else terms:
+            chosen |= term_columns(term, columns, prompt, capped and term[0] in "fl")
+        out.append(sorted(chosen))
+    return out
+
+
+def chosen(selection: Selection | None, batch: int, chunk: int, start: int = 0) -> list[list[int]]:
+    """The absolute columns of a selection; every column at most once."""
+    if selection is None:
+        return [[] for _ in range(batch)]
+    if selection.columns is None:
+        mask = torch.ones(batch, chunk, dtype=torch.bool) if selection.mask is None else selection.mask
+        assert mask.shape == (batch, chunk)
+        return [[start + c for c in range(chunk) if mask[i, c]] for i in range(batch)]
+    assert selection.valid is not None and selection.valid.shape == selection.columns.shape
+    for row in selection.columns.tolist():
+        assert len(set(row)) == len(row), "slots of a row must be distinct columns"
+    rows = zip(selection.columns.tolist(), selection.valid.tolist(), strict=True)
+    found = [[start + c for c, valid in zip(columns, there, strict=True) if valid] for columns, there in rows]
+    assert all(row == sorted(row) for row in found)
+    return found
+
+
+def resolve(rule: Positions, rows: Rows, start: int = 0, stop: int | None = None, **how) -> list[list[int]]:
+    tokens = rows.tokens(start, stop, **how)
+    batch, chunk = tokens.in_prompt.shape
+    selection = rule.select(tokens)
+    if selection is not None and selection.columns is not None:
+        assert rule.bound is not None and selection.columns.shape[1] == rule.bound
+    return chosen(selection, batch, chunk, start)
+
+
+@st.composite
+def row_batches(draw) -> Rows:
+    batch, width = draw(st.integers(1, 3)), draw(st.integers(1, 12))
+    masked = draw(st.booleans())
+    real, ids = [], []
+    for _ in range(batch):
+        left = draw(st.integers(0, width - 1)) if masked else 0
+        right = draw(st.integers(0, width - 1 - left)) if masked else 0
+        real.append([left <= c < width - right for c in range(width)])
+        ids.append(draw(st.lists(st.integers(0, 9), min_size=width, max_size=width)))
+    prompt = None
+    if draw(st.booleans()):
+        ends = draw(st.integers(1, width))  # the mask may end before the rows do
+        kind = draw(st.sampled_from(["prefix", "any"]))
+        prompt = [
+            [c < stop for c in range(ends)]
+            if kind == "prefix"
+            else draw(st.lists(st.booleans(), min_size=ends, max_size=ends))
+            for stop in (draw(st.integers(0, width)) for _ in range(batch))
+        ]
+    return Rows(real, prompt, ids, masked)
+
+
+ends = st.one_of(st.none(), st.integers(-9, 9))
+terms = st.one_of(
+    st.integers(0, 9).map(lambda n: f"f{n}"),
+    st.integers(0, 9).map(lambda n: f"l{n}"),
+    st.sampled_from(["all", "prompt", "generated"]),
+    st.integers(-9, 9).map(str),
+    st.tuples(ends, ends).map(lambda e: f"{'' if e[0] is None else e[0]}:{'' if e[1] is None else e[1]}"),
+)
+sums = st.lists(terms, min_size=1, max_size=3).map("+".join)
+parts = st.tuples(st.integers(0, 9), st.integers(0, 9), st.booleans()).map(
+    lambda p: f"{f'f{p[0]}' if p[2] else f'l{p[1]}'} of f{p[0]}+l{p[1]}"
+)
+rules = st.one_of(sums, parts)
+
+
+@FEW
+@given(rules, row_batches())
+def test_a_rule_selects_what_python_slicing_selects(rule: str, rows: Rows):
+    assert resolve(Positions(rule), rows) == oracle(rule, rows)
+
+
+@FEW
+@given(rules, row_batches(), st.data())
+def test_chunks_together_select_what_the_whole_row_selects(rule: str, rows: Rows, data):
+    if rows.prompt is None:
+        rows.masked = True  # a chunk alone does not know how long the row will be
+    cuts = data.draw(st.sets(st.integers(1, max(rows.width - 1, 1))))
+    bounds = [0, *sorted(c for c in cuts if c < rows.width), rows.width]
+    together: list[list[int]] = [[] for _ in rows.real]
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        tensor_past = data.draw(st.booleans())  # static caches count in a tensor
+        for row, part in zip(
+            together, resolve(Positions(rule), rows, start, stop, tensor_past=tensor_past), strict=True
+        ):
+            row.extend(part)
+    assert together == oracle(rule, rows)
+
+
+@FEW
+@given(rules, row_batches())
+def test_no_row_gets_more_tokens_than_the_bound(rule: str, rows: Rows):
+    bound = Positions(rule).bound
+    if bound is not None:
+        assert max(map(len, oracle(rule, rows))) <= bound
+
+
+@FEW
+@given(rules, row_batches())
+def test_a_rule_that_stays_in_the_prompt_says_so(rule: str, rows: Rows):
+    if Positions(rule).in_prompt:
+        prompts = oracle("prompt", rows)
+        assert all(set(got) <= set(prompt) for got, prompt in zip(oracle(rule, rows), prompts, strict=True))
+
+
+@FEW
+@given(st.integers(0, 9), st.integers(0, 9), row_batches())
+def test_the_parts_of_a_capped_sum_are_disjoint_and_make_up_the_sum(first: int, last: int, rows: Rows):
+    rule = Positions(f"f{first}+l{last}")
+    heads, tails = (resolve(part, rows) for part in rule.parts)
+    for head, tail, whole in zip(heads, tails, resolve(rule, rows), strict=True):
+        assert not set(head) & set(tail)
+        assert sorted(head + tail) == whole
+
+
+def test_f7_and_l7_take_half_a_short_prompt_each_as_pyreft_does():
+    def pyreft(prompt_length: int, n: int) -> list[int]:
+        cap = min(prompt_length // 2, n)
+        return [*range(cap), *range(prompt_length - cap, prompt_length)]
+
+    for length in range(1, 20):
+        rows = Rows([[True] * length], None, [[0] * length], False)
+        assert resolve(Positions("f7+l7"), rows) == [pyreft(length, 7)]
+
+
+@FEW
+@given(st.sets(st.integers(0, 9), min_size=1), row_batches())
+def test_where_selects_real_tokens_with_one_of_the_ids(ids: set[int], rows: Rows):
+    expected = [
+        [c for c, there in enumerate(real) if there and row[c] in ids]
+        for real, row in zip(rows.real, rows.ids, strict=True)
+    ]
+    assert resolve(Positions.where(token_ids=sorted(ids)), rows) == expected
+
+
+@FEW
+@given(row_batches())
+def test_a_callable_selects_what_it_says_but_no_padding(rows: Rows):
+    expected = [[c for c, there in enumerate(real) if there and c % 2] for real in rows.real]
+    rule = Positions.parse(lambda tokens: torch.arange(tokens.in_prompt.shape[1]) % 2 == torch.ones_like(tokens.rank))
+    assert resolve(rule, rows) == expected
+
+
+def test_a_callable_is_asked_whatever_its_name_is():
+    def generated(tokens: Tokens) -> Tensor:
+        return tokens.rank == 1
+
+    def all(tokens: Tokens) -> Tensor:
+        return tokens.rank == 2
+
+    rows = Rows([[True] * 4], None, [[0] * 4], False)
+    assert resolve(Positions.parse(generated), rows) == [[1]]
+    assert resolve(Positions.parse(all), rows) == [[2]]
+
+
+@FEW
+@given(rules, row_batches(), st.integers(0, 2**20))
+def test_scatter_of_gather_changes_the_selected_tokens_alone_and_bit_for_bit(rule: str, rows: Rows, seed: int):
+    selection = Positions(rule).select(rows.tokens())
+    if selection is None:
+        return
+    h = torch.randn(len(rows.real), rows.width, 3, generator=torch.Generator().manual_seed(seed))
+    picked = selection.gather(h)
+    assert torch.equal(selection.scatter(h, picked, picked), h)
+    new = selection.scatter(h, picked, picked * 2 + 1)
+    mask = torch.zeros(h.shape[:2], dtype=torch.bool)
+    for i, columns in enumerate(oracle(rule, rows)):
+        mask[i, columns] = True
+    assert torch.equal(new, torch.where(mask[..., None], h * 2 + 1, h))
+    assert selection.validity(h).sum() == mask.sum()
+
+
+@FEW
+@given(rules, row_batches(), st.integers(0, 2**20))
+def test_gradients_pass_through_slots_once(rule: str, rows: Rows, seed: int):
+    selection = Positions(rule).select(rows.tokens())
+    if selection is None:
+        return
+    torch.manual_seed(seed)
+    h = torch.randn(len(rows.real), rows.width, 2, dtype=torch.float64, requires_grad=True)
+    weight, slope = torch.randn_like(h), torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    picked = selection.gather(h)
+    (selection.scatter(h, picked, slope * picked.square()) * weight).sum().backward()
+    mask = torch.zeros(*h.shape[:2], 1, dtype=torch.float64)
+    for i, columns in enumerate(oracle(rule, rows)):
+        mask[i, columns] = 1
+    assert h.grad is not None and slope.grad is not None
+    torch.testing.assert_close(h.grad, weight * (mask * 6 * h.detach() + 1 - mask))
+    torch.testing.assert_close(slope.grad, (weight * mask * h.detach().square()).sum())
+
+
+@FEW
+@given(rules, row_batches(), st.data())
+def test_a_selection_restricted_to_some_rows_is_empty_in_the_others(rule: str, rows: Rows, data):
+    keep = data.draw(st.lists(st.booleans(), min_size=len(rows.real), max_size=len(rows.real)))
+    selection = Positions(rule).select(rows.tokens())
+    if selection is None:
+        return
+    restricted = selection.rows(torch.tensor(keep), rows.width)
+    expected = [row if kept else [] for row, kept in zip(oracle(rule, rows), keep, strict=True)]
+    assert chosen(restricted, len(rows.real), rows.width) == expected
+
+
+# --- reading and writing ----------------------------------------------------------------------------------
+
+
+@FEW
+@given(rules)
+def test_a_rule_survives_json(rule: str):
+    positions = Positions.parse(rule)
+    assert Positions.parse(positions.to_json()) == positions
+    assert hash(Positions.parse(positions.to_json())) == hash(positions)
+    assert str(positions) == rule
+
+
+def test_ids_and_numbers_survive_json():
+    where = Positions.where(token_ids=[7, 9])
+    assert where.to_json() == {"token_ids": [7, 9]}
+    assert Positions.parse({"token_ids": [7, 9]}) == where
+    assert Positions.parse(-1) == Positions.parse("-1")
+    assert Positions.parse(where) is where
+
+
+def test_blanks_make_no_difference():
+    assert Positions(" f7 + l7 ") == Positions("f7+l7")
+    assert Positions("f7  of f7 + l7") == Positions("f7 of f7+l7")
+    rows = Rows([[True] * 3], None, [[0] * 3], False)
+    assert resolve(Positions(" all "), rows) == [[0, 1, 2]]
+
+
+def test_a_function_cannot_be_saved_and_says_so():
+    def odd(tokens: Tokens) -> Tensor:
+        return tokens.rank % 2 == 1
+
+    with pytest.raises(ValueError, match="positions given by the function 'odd' cannot be saved: use a rule in words"):
+        Positions.parse(odd).to_json()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "f", "f-1", "l1.5", "first", "f7+", "+l7", "f7,l7", "F7", "-", "-:", ":-", "1:2:3", "--1", "3 to 5", "of"],
+)
+def test_what_is_no_rule_is_refused_with_the_rules_that_are(text: str):
+    with pytest.raises(ValueError, match=r"cannot read positions .*: use f3, l1, f7\+l7, all, prompt, generated"):
+        Positions.parse(text)
+
+
+@pytest.mark.parametrize("text", ["f7 of f6+l7", "all of f7+l7", "f7 of f7", "of f7+l7", "f7 of f7+all"])
+def test_a_part_of_no_sum_is_refused(text: str):
+    with pytest.raises(ValueError, match="is no part of a sum"):
+        Positions.parse(text)
+
+
+@pytest.mark.parametrize("spec", [None, True, 1.5, [0, 1], {"tokens": [1]}])
+def test_what_is_no_text_is_refused(spec):
+    with pytest.raises(ValueError, match=re.escape(f"cannot read positions {spec!r}: use f3")):
+        Positions.parse(spec)
+
+
+def test_where_needs_ids_and_tokens():
+    with pytest.raises(ValueError, match="needs at least one token id, got none"):
+        Positions.where(token_ids=[])
+    with pytest.raises(ValueError, match="look at token ids, but the model was given embeddings only"):
+        Positions.where(token_ids=[3]).select(Tokens.of((1, 4)))
+
+
+# --- cost -------------------------------------------------------------------------------------------------
+
+
+class Watched(TorchDispatchMode):
+    """Counts operations and raises on those for which a device would have to be waited for."""
+
+    waits = ("_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal", "lift_fresh")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.waits:
+            raise AssertionError(f"{name} waits for the device")
+        if name.startswith("index") and any(isinstance(a, Tensor) and a.dtype == torch.bool for a in (args[1] or ())):
+            raise AssertionError("an index by booleans waits for the device")
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@FEW
+@given(rules, row_batches(), st.booleans())
+def test_resolving_never_waits_for_the_device_and_loops_over_no_rows(rule: str, rows: Rows, tensor_past: bool):
+    def operations(times: int) -> int:
+        mask = torch.tensor(rows.real).long().repeat(times, 1) if rows.masked else None
+        prompt = None if rows.prompt is None else torch.tensor(rows.prompt).repeat(times, 1)
+        past = torch.tensor(0) if tensor_past else 0
+        positions = Positions(rule)
+        with Watched() as watched:
+            tokens = Tokens.of((len(rows.real) * times, rows.width), past, mask, prompt)
+            selection = positions.select(tokens)
+            if selection is not None:
+                h = torch.zeros(len(rows.real) * times, rows.width, 2)
+                selection.scatter(h, selection.gather(h), selection.gather(h))
+        return watched.count
+
+    assert operations(1) == operations(17)
+
+
+def test_ids_are_sent_to_the_device_once():
+    rule, tokens = Positions.where(token_ids=[3, 4]), Tokens.of((1, 4), input_ids=torch.tensor([[1, 3, 4, 5]]))
+    rule.select(tokens)
+    with Watched():
+        selection = rule.select(tokens)
+    assert chosen(selection, 1, 4) == [[1, 2]]

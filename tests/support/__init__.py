@@ -1,0 +1,1 @@
+"""What several test files need: tiny models, oracles, where things lie."""
