@@ -17,11 +17,13 @@ from torch import nn
 from reftheads.adapter.tuner import CHILD, WEIGHTS, InterventionConfig, InterventionTuner, has_file, refuse_pickle
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.node import NodeModule
+from reftheads.reuse.facts import Facts
 from reftheads.reuse.forecast import describe
 from reftheads.reuse.replay import Replay
 from reftheads.reuse.store import ActivationStore
 from reftheads.runtime.generate import option, real_tokens
 from reftheads.runtime.plan import Plan
+from reftheads.runtime.scope import entering, scope_of
 
 _CARD = """<!-- reftheads -->
 ## How to load
@@ -85,15 +87,16 @@ class InterventionModel(PeftModel):
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
         super().__init__(model, config, adapter_name, **kwargs)
-        self._replay: Replay | None = None
+        self._known: Replay | None = None  # without a store
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's output with what was read; see `reusing` for how less of it is computed."""
-        if self._replay is not None and not args:
-            asked = {name: value for name, value in kwargs.items() if name != "adapter_names"}
-            with self.tuner.layer.rows_by_adapter(kwargs.get("adapter_names")):
-                output = self._replay(asked)
+        replay = scope_of(self.tuner.layer).replay
+        if replay is not None and not args:
+            batch = dict(kwargs)
+            with self.tuner.layer.rows_by_adapter(batch.pop("adapter_names", None)):
+                output = replay(batch)
             if output is not None:
                 return output
         return super().forward(*args, **kwargs)
@@ -106,11 +109,12 @@ class InterventionModel(PeftModel):
         of which nothing above the deepest head is computed.
         """
         asked = {name: value for name, value in kwargs.items() if value is not None}
-        if self._replay is not None and not args and not asked.keys() & _OTHER_WAYS and "input_ids" in asked:
+        replay = scope_of(self.tuner.layer).replay
+        if replay is not None and not args and not asked.keys() & _OTHER_WAYS and "input_ids" in asked:
             base: Any = self.get_base_model()
             if all(option(base, kwargs, name) in usual for name, usual in _USUAL.items()):
                 ids, mask = asked["input_ids"], asked.get("attention_mask")
-                cache = self._replay.prefill(ids, real_tokens(base, ids, kwargs) if mask is None else mask)
+                cache = replay.prefill(ids, real_tokens(base, ids, kwargs) if mask is None else mask)
                 kwargs |= {} if cache is None else {"past_key_values": cache}
         return super().generate(*args, **kwargs)
 
@@ -131,12 +135,19 @@ class InterventionModel(PeftModel):
             ValueError: a model in which nothing can be reused, since it has no one stack of blocks.
         """
         if not isinstance(replay, Replay):
-            replay = Replay(self.get_base_model(), self.tuner.layer, replay)
-        before, self._replay = self._replay, replay
-        try:
+            replay = self.replay(replay)
+        with entering(self.tuner.layer, replay=replay):
             yield replay
-        finally:
-            self._replay = before
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within, the base model answers, bit for bit.
+
+        It holds, as `torch.no_grad` does, for calls made by the thread or coroutine that entered the block; calls of
+        others, and calls that have begun before, go on as they are.
+        """
+        with self.tuner.layer.silent():
+            yield
 
     @property
     def tuner(self) -> InterventionTuner:
@@ -166,7 +177,24 @@ class InterventionModel(PeftModel):
         Raises:
             ValueError: a model in which nothing can be reused, since it has no one stack of blocks.
         """
-        print(describe(Replay(self.get_base_model(), self.tuner.layer), [] if batch is None else [batch]))
+        print(describe(self.replay(), [] if batch is None else [batch]))
+
+    def replay(self, store: ActivationStore | None = None) -> Replay:
+        """Return what computes only what the graph can change, with a store or none.
+
+        What is found out about the base model is kept with this one, so that its weights are hashed once.
+
+        Raises:
+            ValueError: a model in which nothing can be reused, since it has no one stack of blocks.
+        """
+        base, known = self.get_base_model(), self._known
+        if known is None or not known.facts.hold(base):
+            fingerprint = known.facts.fingerprint if known is not None and known.facts.base is base else None
+            known = self._known = Replay(Facts.of(base, self.tuner.layer, fingerprint))
+        return known.kept_in(store)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}
 
     def add_adapter(self, adapter_name: str, peft_config: InterventionGraph | PeftConfig, **kwargs: Any) -> None:
         """Adds a second graph, or a set of parameters of its own for the same one; `set_adapter` makes it act.

@@ -163,7 +163,7 @@ class InterventionTuner(BaseTuner):
             raise
         if getattr(model, CHILD, None) is None:
             setattr(model, CHILD, layer)
-            record_prompts(model)
+            record_prompts(model, layer)
         # so that the base model's own save_pretrained writes the base model alone
         _not_saved(model).update(layer.state_dict(prefix=f"{CHILD}."))
         inference = config.inference_mode
@@ -204,11 +204,10 @@ class InterventionTuner(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The base model, without hooks and parameters of the graph."""
-        self.layer.detach_hooks()
+        self.layer.detach()
         left_out = _not_saved(self.model)
         left_out.difference_update([name for name in left_out if name.startswith(f"{CHILD}.")])
         delattr(self.model, CHILD)
-        self.model.__dict__.pop("generate", None)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model

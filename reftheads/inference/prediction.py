@@ -16,7 +16,6 @@ from reftheads._utils.eval_mode import evaluating
 from reftheads.adapter.model import InterventionModel
 from reftheads.architectures.addresses import arguments
 from reftheads.data.rows import Collator
-from reftheads.reuse.replay import Replay
 from reftheads.reuse.store import ActivationStore
 
 if TYPE_CHECKING:
@@ -86,6 +85,6 @@ def tracked(steps: Sequence[Any], what: str) -> Iterable[Any]:
 def reusing_where_possible(model: InterventionModel, store: ActivationStore | None = None) -> AbstractContextManager:
     """As `model.reusing`, and the plain path of a model in which nothing can be reused."""
     try:
-        return model.reusing(Replay(model.get_base_model(), model.tuner.layer, store))
+        return model.reusing(model.replay(store))
     except ValueError:  # a model with several stacks of blocks, which always runs as a whole
         return nullcontext()

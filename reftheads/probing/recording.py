@@ -134,7 +134,7 @@ def _inputs(
     encoded = []
     for i, row in enumerate(rows):
         own = {name: value for name, value in row.items() if name in names}
-        if "labels" in own and model.tuner.layer.generative and not model.tuner.layer.seq2seq:
+        if "labels" in own and model.tuner.layer.kind.generative and not model.tuner.layer.kind.seq2seq:
             labels = torch.as_tensor(own.pop("labels")).tolist()  # with labels the whole model would run
             if isinstance(labels, list):
                 own.setdefault("prompt_mask", prompt_mask(labels))

@@ -3,61 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers.loss.loss_utils import ForCausalLMLoss
 
-from reftheads.architectures.addresses import StackInfo, arguments, own_modules, stacks
+from reftheads.architectures.addresses import arguments, own_modules
 from reftheads.reuse.cone import Cone
-from reftheads.reuse.recorder import Recorder
-from reftheads.runtime.interventions import Interventions
+from reftheads.reuse.facts import Facts
+from reftheads.reuse.frozen import elements_given, keeps_pieces
+from reftheads.runtime.scope import Call
 
 NO_EDIT = "no edit: all that is kept is what the readers see"
 
 HANDED_ON = {"position_bias", "shared_kv_states"}  # what blocks take that earlier ones have computed
 
 
-class Limits:
-    """Says of a model with graphs what its `Replay` may leave out. Reasons are texts; `None` is no reason against.
+class Eligibility:
+    """Says of a model with graphs what may be left out. Reasons are texts; `None` is no reason against.
 
     Args:
-        base: the base model, in which graphs are compiled.
-        layer: its interventions.
-        info: the stack that is fed the input.
-        recorder: of that stack.
+        facts: of the model.
     """
 
-    def __init__(self, base: nn.Module, layer: Interventions, info: StackInfo, recorder: Recorder):
-        self.base = base
-        self.layer = layer
-        self.info = info
-        self.recorder = recorder
-        self.seq2seq = layer.seq2seq
-        self._blocks = [base.get_submodule(path) for path in info.blocks]
-        own = list(own_modules(base))
-        self._own = {f"{path}.{name}": p for path, m in own for name, p in m._parameters.items() if p is not None}
-        self._random = [place for _, module in own for place in _random_settings(module)]
-        self._batch_norms = [m for _, m in own if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._hands_on = bool(HANDED_ON & set(arguments(self._blocks[0])))
+    def __init__(self, facts: Facts):
+        self.facts = facts
+        self._modules = list(own_modules(facts.base))
+        self._random = [place for _, module in self._modules for place in _random_settings(module)]
+        self._batch_norms = [m for _, m in self._modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._hands_on = bool(HANDED_ON & set(arguments(facts.blocks[0])))
 
     @property
     def dtypes(self) -> set[torch.dtype]:
         """Of the base model's floating-point weights."""
-        return {p.dtype for p in self._own.values() if p.is_floating_point()}
+        return {weight.dtype for _, weight in self._weights() if weight.is_floating_point()}
 
-    def why_plain(self) -> str | None:
-        """Why nothing can be reused, in the state that the model is in; `None` if something can."""
-        if self.layer.disable_adapters:
+    def _weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for path, module in self._modules:
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    yield f"{path}.{name}", weight
+
+    def why_plain(self, call: Call | None = None) -> str | None:
+        """Return why nothing can be reused, in the state that the model is in.
+
+        Args:
+            call: the one in question; left out, one that begins here and now.
+        """
+        facts = self.facts
+        if (call or facts.layer.new_call()).disabled:
             return "adapters are disabled"
-        if any("labels" in plan.targets for plan in self.layer.plans.values()):
+        if "labels" in facts.targets:
             return "a head has the target 'labels', as the model itself has: copy it to a column of another name"
-        one = next(iter(self._own.values()), None)
-        if one is not None and (one.is_meta or hasattr(one, "ds_id") or isinstance(one, DTensor)):
+        weight = next((weight for _, weight in self._weights()), None)
+        if weight is not None and (weight.is_meta or hasattr(weight, "ds_id") or isinstance(weight, DTensor)):
             return "the weights of the base model are spread over processes or kept elsewhere"
-        trained = next((name for name, p in self._own.items() if p.requires_grad), None)
+        trained = next((name for name, weight in self._weights() if weight.requires_grad), None)
         if trained is not None:
             return f"weights of the base model are trained ({trained})"
         active = next((f"{type(m).__name__}.{name}" for m, name in self._random if m.training and getattr(m, name)), "")
@@ -65,53 +68,47 @@ class Limits:
             return f"the base model has dropout in training mode ({active}); load_base(…, dropout=False) has none"
         if any(module.training for module in self._batch_norms):
             return "batch norms in training mode mix the rows of a batch"
-        embeddings: Any = getattr(self.base, "get_input_embeddings", lambda: None)()  # type: ignore[operator]
+        embeddings: Any = getattr(facts.base, "get_input_embeddings", lambda: None)()  # type: ignore[operator]
         if getattr(embeddings, "neftune_noise_alpha", None) and embeddings.training:
             return "embeddings get noise in training mode (neftune_noise_alpha)"
-        if getattr(getattr(self.base, "config", None), "output_router_logits", False):
+        if getattr(getattr(facts.base, "config", None), "output_router_logits", False):
             return "the loss of a router looks at every token in every block"
         return None
 
     def why_no_prefix(self, cone: Cone) -> str | None:
-        """Why all tokens of a row are computed in every step; `None` if a prefix can be left out."""
-        if not self.info.causal or self.seq2seq:
+        """Return why all tokens of a row are computed in every step."""
+        facts = self.facts
+        if not facts.info.causal or facts.seq2seq:
             return "every token sees all the others"
         if cone.first is None:
             return NO_EDIT
         first = next((str(p.node.positions) for p in cone.inside if p.node.positions.begins_with_first), None)
         if first is not None:
             return f"positions {first!r} begin with the first token"
-        if any(getattr(block, "gradient_checkpointing", False) and block.training for block in self._blocks):
+        if any(getattr(block, "gradient_checkpointing", False) and block.training for block in facts.blocks):
             return "activation checkpointing goes without a cache"
-        if self.recorder.stack is not self.base and self.lm_head is None:
+        if facts.stack is not facts.base and facts.lm_head is None:
             return "the model's own loss looks at every token"
-        if _recurrent(getattr(self.recorder.stack, "config", None)):
+        if _recurrent(getattr(facts.stack, "config", None)):
             return "blocks carry a recurrent state"
-        if not self.recorder.keeps_pieces:
+        if not self._keeps_pieces:
             return "blocks do not keep keys and values of one shape"
         return None
 
     def why_no_layers(self, cone: Cone) -> str | None:
-        """Why the blocks below the first edit run in every step; `None` if they need not."""
+        """Return why the blocks below the first edit run in every step."""
         if self._hands_on and (cone.cut or cone.constant):
             return "blocks hand on more than the hidden state"
         return None
 
-    @property
-    def lm_head(self) -> nn.Module | None:
-        """The vocabulary projection of a causal language model whose loss is the usual one."""
-        if self.seq2seq or not self.layer.generative:
-            return None
-        usual = getattr(self.base, "loss_function", None) is ForCausalLMLoss
-        return self.base.get_output_embeddings() if usual else None  # type: ignore[operator]
+    @cached_property
+    def _keeps_pieces(self) -> bool:
+        return keeps_pieces(self.facts)
 
-
-def fed_stack(base: nn.Module, seq2seq: bool) -> StackInfo:
-    """The one stack of blocks that is fed the input. Raises `ValueError` where there is not just one."""
-    fed = [stack for stack in stacks(base) if stack.role == "encoder" or not seq2seq]
-    if len(fed) != 1:
-        raise ValueError(f"activations can be reused in models with one stack of blocks that is fed, not {len(fed)}")
-    return fed[0]
+    @cached_property
+    def elements(self) -> int:
+        """How many elements the tuple has that a block returns; 0 for a tensor."""
+        return elements_given(self.facts)
 
 
 def _recurrent(config: Any) -> bool:
@@ -120,7 +117,7 @@ def _recurrent(config: Any) -> bool:
 
 
 def _random_settings(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Where a module keeps the probability of something random that it does in training mode."""
+    """Yield where a module keeps the probability of something random that it does in training mode."""
     for name, value in vars(module).items():
         of_dropout = name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)
         if isinstance(value, float) and (of_dropout or "drop" in name or "jitter" in name):

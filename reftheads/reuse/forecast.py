@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.table import Table
 from torch import nn
 
@@ -43,7 +42,7 @@ class Forecast:
         """Counts the model's matrix products and attention; nodes, norms, activations, optimiser are left out."""
         cone = replay.cone
         costs = _Costs.of(replay)
-        parts = [costs.of_batch(cone, replay.division.rows(cone, batch), batch) for batch in batches]
+        parts = [costs.of_batch(cone, replay.split.rows(cone, batch), batch) for batch in batches]
         plain, recording, replaying, stored, rows = (sum(values) for values in zip(*parts, strict=True))
         return cls(plain, recording, replaying, int(stored), int(rows))
 
@@ -64,10 +63,10 @@ class _Costs:
 
     @classmethod
     def of(cls, replay: Replay) -> _Costs:
-        base, info = replay.base, replay.info
-        head = replay.limits.lm_head
-        dtype = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
-        stack: Stack | None = "encoder" if replay.limits.seq2seq else None
+        base, info = replay.facts.base, replay.facts.info
+        head = replay.facts.lm_head
+        dtype = replay.facts.dtype
+        stack: Stack | None = "encoder" if replay.facts.seq2seq else None
         width = locate(base, Site(0, "block_input", stack=stack)).width
         try:
             kept = 2 * locate(base, Site(0, "key_output", stack=stack)).width
@@ -75,9 +74,9 @@ class _Costs:
             kept = 2 * width
         config = getattr(base, "config", None)
         return cls(
-            blocks=len(replay.blocks),
+            blocks=len(replay.facts.blocks),
             causal=info.causal,
-            token=2 * sum(_weights(block, config) for block in replay.blocks) / len(replay.blocks),
+            token=2 * sum(_weights(block, config) for block in replay.facts.blocks) / len(replay.facts.blocks),
             seen=4 * width,
             logits=0 if head is None else 2 * _weights(head, config),
             kept=kept * dtype.itemsize,
@@ -129,12 +128,12 @@ def describe(replay: Replay, batches: Iterable[Mapping[str, Any]] = ()) -> str:
     """What is reused, what is not and why; with batches, what that makes of a training step."""
     cone = replay.cone
     table = Table(box=None, show_header=False, pad_edge=False)
-    plain = replay.limits.why_plain()
+    plain = replay.eligibility.why_plain()
     if plain is not None:
         table.add_row("reuse", f"nothing: {plain}")
         return render(table)
-    blocks = len(replay.blocks)
-    no_prefix, no_layers = replay.limits.why_no_prefix(cone), replay.limits.why_no_layers(cone)
+    blocks = len(replay.facts.blocks)
+    no_prefix, no_layers = replay.eligibility.why_no_prefix(cone), replay.eligibility.why_no_layers(cone)
     table.add_row(
         "prefix", f"not reused: {no_prefix}" if no_prefix else "keys and values before the first edit and label"
     )
@@ -148,7 +147,7 @@ def describe(replay: Replay, batches: Iterable[Mapping[str, Any]] = ()) -> str:
         names = ", ".join(str(planned.node.name) for planned in cone.constant)
         table.add_row("readers", f"what {names} read{'s' if len(cone.constant) == 1 else ''} is kept")
     table.add_row(
-        "logits", "where there is a label" if replay.limits.lm_head is not None else "as the base model has them"
+        "logits", "where there is a label" if replay.facts.lm_head is not None else "as the base model has them"
     )
     batches = list(batches)
     if batches:

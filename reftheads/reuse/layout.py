@@ -86,7 +86,7 @@ class Rows:
         fed: what the stack is fed of the batch, by argument, on the model's device.
         ids: of every row, all that the stack is fed of its real tokens.
         layout: the computed part.
-        masks: by the id of a rule, what it selects of the batch; on the CPU.
+        masks: of every rule, what it selects of the batch; on the CPU.
         starts, lengths: the column of each row's first real token; how many there are, those left out that come
             behind all that is looked at.
         divided: whether prefixes are left out. What is computed stands where it stood otherwise.
@@ -95,7 +95,7 @@ class Rows:
     fed: dict[str, Tensor]
     ids: list[bytes]
     layout: Layout
-    masks: dict[int, Bool[Tensor, "rows columns"]]
+    masks: dict[Positions, Bool[Tensor, "rows columns"]]
     starts: list[int]
     lengths: list[int]
     divided: bool
@@ -108,7 +108,7 @@ class Rows:
 
     def selected(self, rule: Positions) -> list[Int[Tensor, " selected"]]:
         """The tokens that a rule selects, counted from the first column that has one."""
-        return [mask[start:].nonzero()[:, 0] for mask, start in zip(self.masks[id(rule)], self.starts, strict=True)]
+        return [mask[start:].nonzero()[:, 0] for mask, start in zip(self.masks[rule], self.starts, strict=True)]
 
     def of(self, some: Sequence[int]) -> Rows:
         """Some of the rows."""

@@ -4,43 +4,36 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
-from reftheads.runtime.passes import Run
+from torch import nn
 
-
-class HoldsRuns(Protocol):
-    """Who knows the run of each stack while a pass lasts."""
-
-    runs: dict[str, Run]
+from reftheads.runtime.scope import Call, call_of
 
 
-class KeepRun:
-    """A checkpoint function under which a block sees the run of its first pass when it is recomputed.
+class KeepCall:
+    """A checkpoint function under which a block that is recomputed sees the call and the run of its first pass.
+
+    Other passes may lie in between, and backward may compute it in a thread of its own.
 
     It never uses reentrant checkpointing, which hides from autograd whatever a block takes and gives other than
     by its arguments: parameters of nodes, and what they read.
     """
 
-    def __init__(self, holder: HoldsRuns, stack: str, checkpoint: Callable[..., Any]):
-        self.holder = holder
-        self.stack = stack
+    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]):
+        self.layer = layer
         self.checkpoint = checkpoint
         reentrant = isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant", False)
         self.options = {"use_reentrant": False} if reentrant else {}
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        run = self.holder.runs.get(self.stack)
-        return self.checkpoint(functools.partial(self._with, run, function), *args, **kwargs, **self.options)
+        call = call_of(self.layer)
+        if call is not None:  # its runs go when the pass ends
+            function = functools.partial(_within, replace(call, runs=dict(call.runs)), function)
+        return self.checkpoint(function, *args, **kwargs, **self.options)
 
-    def _with(self, run: Run | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        runs = self.holder.runs
-        before = runs.pop(self.stack, None)
-        if run is not None:
-            runs[self.stack] = run
-        try:
-            return function(*args, **kwargs)
-        finally:
-            runs.pop(self.stack, None)
-            if before is not None:
-                runs[self.stack] = before
+
+def _within(call: Call, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with replace(call):  # one object for each time: two threads may recompute blocks of one call
+        return function(*args, **kwargs)

@@ -6,8 +6,9 @@ the finished sequences once more.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
-from types import MethodType
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +18,12 @@ from transformers.utils.generic import ModelOutput
 
 from reftheads.architectures.addresses import arguments
 from reftheads.graph.node import Head
-from reftheads.runtime.hooks import ending
+from reftheads.runtime.hooks import Around, ending
 from reftheads.runtime.interventions import Interventions
 from reftheads.runtime.output import extend, replaced
-from reftheads.runtime.passes import Call
+from reftheads.runtime.passes import HookKey, by_name
 from reftheads.runtime.plan import PlannedNode
+from reftheads.runtime.roster import nodes_of
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int, Shaped
@@ -30,14 +32,22 @@ if TYPE_CHECKING:
 _TOKENS = frozenset("input_ids attention_mask past_key_values use_cache output_hidden_states output_attentions".split())
 
 
-def record_prompts(base: nn.Module) -> None:
-    """Lets `base.generate` record its prompts, whoever calls it: PEFT's wrappers, a pipeline, a trainer."""
+def record_prompts(base: nn.Module, layer: Interventions) -> None:
+    """Let `base.generate` record its prompts, whoever calls it: PEFT's wrappers, a pipeline, a trainer."""
     if hasattr(type(base), "generate"):
-        base.generate = MethodType(_generate, base)  # type: ignore[assignment]
+        layer.holds[None].append(Around(base, "generate", partial(_around_generate, base, layer)))
 
 
-def _generate(base: Any, *args: Any, **kwargs: Any) -> Any:
-    layer: Interventions = base.interventions
+def _around_generate(
+    base: nn.Module, layer: Interventions, generate: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    with layer.holding():
+        return _generate(base, layer, generate, args, kwargs)
+
+
+def _generate(
+    base: Any, layer: Interventions, generate: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
+) -> Any:
     prompt_mask = kwargs.pop("prompt_mask", None)
     readers: list[PlannedNode] = []
     if kwargs.pop("return_heads", False):
@@ -52,7 +62,7 @@ def _generate(base: Any, *args: Any, **kwargs: Any) -> Any:
         start = kwargs.get("decoder_input_ids")
         real = torch.ones((1, 1) if start is None else tuple(start.shape), dtype=torch.bool, device=base.device)
         with layer.generating(real, real, encoder_prompt=None if prompt_mask is None else prompt_mask.bool()):
-            return type(base).generate(base, *args, **kwargs)
+            return generate(*args, **kwargs)
     candidates = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     inputs = next((given for given in candidates if given is not None), None)
     if inputs is None:  # generation starts from one token that begins a text
@@ -68,7 +78,7 @@ def _generate(base: Any, *args: Any, **kwargs: Any) -> Any:
         )
     prompt = real if prompt_mask is None else real & prompt_mask.bool()
     with layer.generating(real, prompt):
-        out = type(base).generate(base, *args, **kwargs)
+        out = generate(*args, **kwargs)
     if not readers:
         return out
     times = len(out.sequences) // len(real)  # beams and return sequences repeat each row
@@ -109,7 +119,9 @@ def _readers(base: Any, layer: Interventions, kwargs: dict[str, Any]) -> list[Pl
             "return_heads=True is for models of one decoder: call the model on what was generated, as "
             "model(input_ids=…, decoder_input_ids=sequences)"
         )
-    acting = () if layer.disable_adapters else layer.nodes_of(*stacks)
+    call = layer.new_call()
+    [path] = stacks
+    acting = () if call.disabled else nodes_of(layer, path, call)
     readers = [planned for _, planned, _ in acting if not planned.edits]
     if not any(isinstance(planned.node.intervention, Head) for planned in readers):
         raise ValueError(
@@ -154,10 +166,8 @@ def _read(
     if "position_ids" in arguments(stack):
         inputs["position_ids"] = (real.cumsum(1) - 1).clamp(min=0)  # padding on the left does not count
 
-    call, addresses = Call(prompt_mask=prompt), [planned.address for planned in readers]
-    with torch.no_grad(), layer.calling(call):
-        with ending(
-            base, ((a.module, a.side) for a in addresses), lambda: len(layer.runs[path].readings) == len(readers)
-        ):
-            stack(**inputs)
-    return extend(BaseModelOutput(), call.named(), {})
+    call = layer.new_call(prompt_mask=prompt)
+    places: list[HookKey] = [(p.address.module, p.address.side) for p in readers]
+    with torch.no_grad(), call, ending(base, places, lambda: len(call.runs[path].readings) == len(readers)):
+        stack(**inputs)
+    return extend(BaseModelOutput(), by_name(call.readings), {})

@@ -1,8 +1,10 @@
-"""Reading and replacing the one tensor at an address, whatever a module takes and returns."""
+"""Where a graph takes hold of a model: the one tensor at an address, and the calls of a method of one instance."""
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,8 +32,52 @@ def attach(module: nn.Module, side: Side, touch: Touch) -> RemovableHandle:
     return module.register_forward_hook(tap.after, prepend=True, with_kwargs=True)
 
 
+class Around:
+    """Stands in for a method of one instance: a call goes to `around(method, args, kwargs)`.
+
+    It has the method's signature, and is copied and pickled with its module.
+    """
+
+    def __init__(self, module: nn.Module, name: str, around: Callable[[Callable, tuple, dict[str, Any]], Any]):
+        self.module = module
+        self.name = name
+        self.around = around
+        self.before = module.__dict__.get(name)  # what stood in for it already, such as a hook of accelerate
+        module.__dict__[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.around(self.method, args, kwargs)
+
+    @property
+    def method(self) -> Callable[..., Any]:
+        """What is stood in for; looked up at each call, since sharding gives a module another class."""
+        return self.before or MethodType(getattr(type(self.module), self.name), self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.method)
+
+    def remove(self) -> None:
+        """Give the method its place back, unless something else has taken it meanwhile and keeps this."""
+        if self.module.__dict__.get(self.name) is not self:
+            return
+        del self.module.__dict__[self.name]
+        if self.before is not None:
+            self.module.__dict__[self.name] = self.before
+
+
 class Done(Exception):
     """Ends a pass of which all that was wanted is known."""
+
+
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that acts in the thread that made it: passes of others go through the same modules."""
+    owner = threading.get_ident()
+
+    def act(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs) if threading.get_ident() == owner else None
+
+    return act
 
 
 @contextmanager
@@ -42,11 +88,12 @@ def ending(base: nn.Module, places: Iterable[tuple[str, Side]], over: Callable[[
         if over():
             raise Done
 
+    hook = in_this_thread(end)
     with ExitStack() as hooks, suppress(Done):
         for path, side in places:
             module = base.get_submodule(path)
-            hook = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
-            hooks.callback(hook(end).remove)
+            register = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
+            hooks.callback(register(hook).remove)
         yield
 
 

@@ -1,12 +1,14 @@
-"""What is known of one forward pass, while it lasts.
+"""One pass through one stack of blocks: which nodes act in it, and on which tokens.
 
-A `Frame` says where the columns of a pass lie, a `Run` which nodes act in it; a `Call` what the base model
-was given besides, and a `Generation` what holds for all passes of one `generate`.
+A `Run` is what is known of such a pass; nothing in it changes what is computed once it is made. A `Generation` holds
+for all passes of one `generate`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +19,29 @@ from reftheads.graph.site import Side
 from reftheads.runtime.output import Reading
 from reftheads.runtime.plan import PlannedNode
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
 FEW = 64  # tokens of a batch
 
 HookKey = tuple[str, Side]
 NodeKey = tuple[str, str]  # adapter, node
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where the columns of a pass lie, before any tensor arithmetic; see `Tokens.of`."""
+
+    past: int | Tensor
+    attention_mask: Tensor | None
+    prompt_mask: Tensor | None
+    input_ids: Tensor | None
+
+    def tokens(self, h: Float[Tensor, "batch chunk width"]) -> Tokens:
+        """Return the columns as `h` sees them, on its device: a model may be spread over several."""
+        parts = (self.past, self.attention_mask, self.prompt_mask, self.input_ids)
+        past, mask, prompt, ids = (t.to(h.device) if isinstance(t, Tensor) else t for t in parts)
+        return Tokens.of((h.shape[0], h.shape[1]), past, mask, prompt, ids, h.device)  # type: ignore[arg-type]
 
 
 class SideBySide:
@@ -33,7 +54,7 @@ class SideBySide:
         self.training = one.training
 
     def __call__(self, p: Params | None, h: Tensor, context: Context) -> Tensor:
-        """Edits or reads `h` [adapters·rows slots width] with parameters that have a dimension of adapters."""
+        """Edit or read `h` [adapters·rows slots width] with parameters that have a dimension of adapters."""
         assert p is not None
         share = (len(self.modules), -1)
         x, valid = (None if t is None else t.unflatten(0, share) for t in (context.x, context.valid))
@@ -53,131 +74,114 @@ class Acting(NamedTuple):
     module: NodeModule | SideBySide
     params: Params | None
     dtype: torch.dtype | None  # of the computation; None: that of the hidden states
-    rows: Tensor | None  # Bool[batch]: the rows that its adapter was picked for
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Where the columns of a pass lie, before any tensor arithmetic; see `Tokens.of`."""
-
-    past: int | Tensor
-    attention_mask: Tensor | None
-    prompt_mask: Tensor | None
-    input_ids: Tensor | None
-
-    def tokens(self, h: Tensor) -> Tokens:
-        """As `h` sees them, on its device: a model may be spread over several."""
-        given = (self.past, self.attention_mask, self.prompt_mask, self.input_ids)
-        past, mask, prompt, ids = (t.to(h.device) if isinstance(t, Tensor) else t for t in given)
-        return Tokens.of((h.shape[0], h.shape[1]), past, mask, prompt, ids, h.device)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One pass through one stack. Nothing in it changes what is computed once it is made."""
-
-    frame: Frame
-    acting: Mapping[HookKey, Sequence[Acting]]
-    shape: tuple[int, int] | None  # batch, chunk; None until a module is called, for models without tokens
-    readings: dict[NodeKey, Reading] = field(default_factory=dict)
-    masks: Mapping[int, Tensor] | None = None  # by id of a rule: Bool[batch chunk], where the frame does not say
-    _tokens: dict[torch.device, Tokens] = field(default_factory=dict)
-    _selections: dict[tuple[int, bool, torch.device], Selection | None] = field(default_factory=dict)
-
-    def selection(self, positions: Positions, h: Tensor, mask: bool) -> Selection | None:
-        """Resolved once a pass (and device) for every rule that occurs.
-
-        Where there are few tokens it takes less time to edit all of them and choose by a `mask` than to gather some.
-        """
-        key = (id(positions), mask, h.device)
-        if key not in self._selections and self.masks is not None:
-            self._selections[key] = positions.pick(self.masks[id(positions)].to(h.device), FEW if mask else 0)
-        if key not in self._selections:
-            if h.device not in self._tokens:
-                self._tokens[h.device] = self.frame.tokens(h)
-            self._selections[key] = positions.select(self._tokens[h.device], FEW if mask else 0)
-        return self._selections[key]
-
-
-@dataclass
-class Call:
-    """What a call of the base model was given that concerns the graph, and what was read during it."""
-
-    labels: Tensor | None = None
-    prompt_mask: Tensor | None = None
-    targets: dict[str, Tensor] = field(default_factory=dict)
-    readings: dict[NodeKey, Reading] = field(default_factory=dict)
-
-    def named(self) -> dict[str, Reading]:
-        """What was read by the names of the nodes; with the adapter's where several have a node of one name."""
-        names = [node for _, node in self.readings]
-        return {
-            node if names.count(node) == 1 else f"{adapter}/{node}": reading
-            for (adapter, node), reading in self.readings.items()
-        }
+    rows: Bool[Tensor, " batch"] | None  # the rows that its adapter was picked for
+    source: PlannedNode | None  # the node that it reads
 
 
 @dataclass(frozen=True)
 class Source:
     """What a node reads of another one: [batch slots outputs], and which slots hold a token."""
 
-    value: Tensor
-    valid: Tensor
+    value: Float[Tensor, "batch slots outputs"]
+    valid: Bool[Tensor, "batch slots"]
 
-    def since(self, before: "Source | None") -> "Source":
-        """What is known after this chunk, where each row's one token may lie in an earlier one."""
+    def since(self, before: Source | None) -> Source:
+        """Return what is known after this chunk, where each row's one token may lie in an earlier one."""
         if before is None:
             return self
         value = torch.where(self.valid[..., None], self.value, before.value)
         return Source(value, self.valid | before.valid)
 
-    def beside(self, h: Tensor) -> "Source":
-        """On the device of `h`, and as many rows: behind an encoder, beams and return sequences repeat its rows."""
+    def beside(self, h: Float[Tensor, "rows slots width"]) -> Source:
+        """Return it with as many rows as `h`, on its device: behind an encoder, beams and samples repeat rows."""
         times = max(h.shape[0] // self.value.shape[0], 1)
         return Source(*(t.to(h.device).repeat_interleave(times, 0) for t in (self.value, self.valid)))
 
 
 @dataclass
 class Generation:
-    """What `generate` started from; holds for all passes until it ends."""
+    """What `generate` started from; holds for all passes until it ends.
 
-    real: Tensor  # Bool[rows columns], of the input of the stack that generates
-    prompt: Tensor  # Bool[rows columns]
-    encoder_prompt: Tensor | None = None  # Bool[rows columns], of the input of an encoder before it
+    Attributes:
+        real, prompt: of the input of the stack that generates, which columns are tokens, and of the prompt.
+        encoder_prompt: of the input of an encoder before it.
+        sources: what nodes have read that others look at.
+        derived: parameters with what follows from them, since weights stay as they are meanwhile.
+    """
+
+    real: Bool[Tensor, "rows columns"]
+    prompt: Bool[Tensor, "rows columns"]
+    encoder_prompt: Bool[Tensor, "rows columns"] | None = None
     sources: dict[NodeKey, Source] = field(default_factory=dict)
-    derived: dict[NodeModule, Params | None] = field(default_factory=dict)  # weights stay as they are meanwhile
+    derived: dict[NodeModule, Params | None] = field(default_factory=dict)
     _expanded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def masks(self, rows: int) -> tuple[Tensor, Tensor]:
-        """`real` and `prompt` of `rows` rows: beams and return sequences repeat each recorded row."""
+    def masks(self, rows: int) -> tuple[Bool[Tensor, "rows columns"], Bool[Tensor, "rows columns"]]:
+        """Return `real` and `prompt` of `rows` rows: beams and return sequences repeat each recorded row."""
         if rows not in self._expanded:
             times = max(rows // self.prompt.shape[0], 1)
             self._expanded[rows] = (self.real.repeat_interleave(times, 0), self.prompt.repeat_interleave(times, 0))
         return self._expanded[rows]
 
 
-def derive(modules: Iterable[NodeModule]) -> dict[NodeModule, Params | None]:
-    """The parameters of every module with what is derived from them; modules of one kind together."""
-    out: dict[NodeModule, Params | None] = {}
-    groups: dict[Any, list[dict[str, Tensor]]] = {}
-    for module in modules:
-        if module in out:
-            continue
-        stored = module.stored()
-        first = next(iter(stored.values()), None)
-        if hasattr(first, "ds_id"):  # ZeRO-3 gathers inside the module's call only
-            out[module] = None
-            continue
-        out[module] = stored
-        if module.intervention.derives_from:
-            assert first is not None
-            groups.setdefault((module.intervention, first.shape, first.dtype, first.device), []).append(stored)
-    for (intervention, *_), members in groups.items():
-        if len(members) == 1:
-            members[0].update(intervention.derive(members[0]))
-            continue
-        stacked = {name: torch.stack([stored[name] for stored in members]) for name in intervention.derives_from}
-        names, tensors = zip(*intervention.derive(stacked).items(), strict=True)
-        for stored, values in zip(members, zip(*tensors, strict=True), strict=True):
-            stored.update(zip(names, values, strict=True))
-    return out
+def by_name(readings: Mapping[NodeKey, Reading]) -> dict[str, Reading]:
+    """Return what was read by the names of the nodes; with the adapter's where several have a node of one name."""
+    names = [node for _, node in readings]
+    return {
+        node if names.count(node) == 1 else f"{adapter}/{node}": reading
+        for (adapter, node), reading in readings.items()
+    }
+
+
+class Replayed(NamedTuple):
+    """What the first blocks of a stack give in a pass that does not compute them."""
+
+    blocks: int
+    output: Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass through one stack.
+
+    Attributes:
+        stack: path of the stack.
+        frame: where its columns lie.
+        acting: the nodes at each place, in their order.
+        shape: rows and columns; `None` until a module is called, for models without tokens.
+        generation: what `generate` started from, if this is a pass of it.
+        readings: what its nodes have read so far.
+        masks: of every rule the columns that it selects, where the frame does not say.
+        replayed: what the first blocks give instead of computing it.
+    """
+
+    stack: str
+    frame: Frame
+    acting: Mapping[HookKey, Sequence[Acting]]
+    shape: tuple[int, int] | None
+    generation: Generation | None = None
+    readings: dict[NodeKey, Reading] = field(default_factory=dict)
+    masks: Mapping[Positions, Bool[Tensor, "batch chunk"]] | None = None
+    replayed: Replayed | None = None
+    _tokens: dict[torch.device, Tokens] = field(default_factory=dict)
+    _selections: dict[tuple[Positions, bool, torch.device], Selection | None] = field(default_factory=dict)
+
+    def selection(
+        self, positions: Positions, h: Float[Tensor, "batch chunk width"], may_mask: bool
+    ) -> Selection | None:
+        """Return what a rule selects, resolved once a pass and device for every rule that occurs.
+
+        Args:
+            may_mask: whether the selection may be a mask where there are few tokens: editing all of them and choosing
+                then takes less time than gathering some.
+        """
+        key = (positions, may_mask, h.device)
+        if key not in self._selections:
+            few = FEW if may_mask else 0
+            if self.masks is not None:
+                self._selections[key] = positions.pick(self.masks[positions].to(h.device), few)
+            else:
+                if h.device not in self._tokens:
+                    self._tokens[h.device] = self.frame.tokens(h)
+                self._selections[key] = positions.select(self._tokens[h.device], few)
+        return self._selections[key]

@@ -199,7 +199,7 @@ class InterventionTrainer(Trainer):
             self._replay = self._new_replay(own, inputs)
             self._described = own.get_base_model(), own.training
         elif own.training and not self._described[1]:  # described before an evaluation; dropout may be active now
-            if self._replay is not None and self._replay.limits.why_plain() is not None:
+            if self._replay is not None and self._replay.eligibility.why_plain() is not None:
                 self.reuse_summary = describe(self._replay)
             self._described = self._described[0], True
         return nullcontext() if self._replay is None else own.reusing(self._replay)
@@ -207,11 +207,11 @@ class InterventionTrainer(Trainer):
     def _new_replay(self, model: InterventionModel, inputs: Mapping[str, Any]) -> Replay | None:
         """Chooses where activations are kept, says so, and makes sure that nothing comes out differently."""
         try:
-            replay = Replay(model.get_base_model(), model.tuner.layer)
+            replay = model.replay()
         except ValueError as error:
             self.reuse_summary = f"reuse  nothing: {error}"
             return None
-        if replay.limits.why_plain() is not None:
+        if replay.eligibility.why_plain() is not None:
             self.reuse_summary = describe(replay)
             return replay
         with self.accelerator.autocast():
@@ -223,7 +223,7 @@ class InterventionTrainer(Trainer):
         self.reuse_summary = describe(replay, batches)
         rows: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         size = Forecast.of(replay, batches).bytes_of(_length(rows)) if batches else None
-        replay.recorder.store, why = choose_store(
+        store, why = choose_store(
             self.reuse,  # type: ignore[arg-type]
             size,
             folder=os.path.join(str(self.args.output_dir), "activations"),
@@ -233,7 +233,7 @@ class InterventionTrainer(Trainer):
         self.reuse_summary += f"\nstore    {why}"
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             print(self.reuse_summary)
-        return replay
+        return replay.kept_in(store)
 
     def _sample(self) -> list[dict[str, Tensor]]:
         """Some batches of the rows that are trained on, or else evaluated."""

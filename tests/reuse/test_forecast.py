@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import reftheads as rh
 from reftheads.reuse.forecast import Forecast, describe
-from reftheads.reuse.replay import Replay
 from reftheads.reuse.store import ActivationStore
 
 EVEN, RAGGED = (40,) * 4, (40, 20, 60, 30)
@@ -100,15 +99,11 @@ def test_heads_without_labels_are_forecast_to_cost_nothing_but_their_recording()
 
 
 def test_several_batches_are_added():
-    replay = Replay(*parts(rh.InterventionModel(llama(), GRAPHS["the last token"]).train()))
+    replay = rh.InterventionModel(llama(), GRAPHS["the last token"]).train().replay()
     batches = [batch_of(), batch_of(RAGGED)]
     one, two, both = (Forecast.of(replay, some) for some in (batches[:1], batches[1:], batches))
     for name in ("plain", "recording", "replaying", "stored", "rows"):
         assert getattr(both, name) == pytest.approx(getattr(one, name) + getattr(two, name))
-
-
-def parts(model: rh.InterventionModel) -> tuple[Any, Any]:
-    return model.get_base_model(), model.tuner.layer
 
 
 def experts() -> Any:
@@ -155,15 +150,13 @@ def test_the_forecast_holds_for_experts_encoders_and_fused_projections(make):
 
 
 def described(model: rh.InterventionModel, *batches: dict[str, Tensor]) -> list[str]:
-    text = describe(Replay(*parts(model)), batches)
+    text = describe(model.replay(), batches)
     return [" ".join(line.split()) for line in text.splitlines()]
 
 
 def test_a_decoder_whose_prefixes_are_left_out_is_described():
     lines = described(rh.InterventionModel(llama(), GRAPHS["the last token"]).train(), batch_of())
-    forecast = Forecast.of(
-        Replay(*parts(rh.InterventionModel(llama(), GRAPHS["the last token"]).train())), [batch_of()]
-    )
+    forecast = Forecast.of(rh.InterventionModel(llama(), GRAPHS["the last token"]).train().replay(), [batch_of()])
     assert lines == [
         "prefix keys and values before the first edit and label",
         "layers 3 of 6 blocks are replayed: the first edit is at block_output[2]",

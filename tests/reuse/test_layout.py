@@ -82,7 +82,7 @@ def batch(rows: list[tuple[int, int, int]], divided: bool) -> tuple[Rows, Positi
     rule = Positions("all")
     layout = laid_out(rows) if divided else Layout.whole(real)
     contents = [content(row[there]) for row, there in zip(ids, real, strict=True)]
-    masks = {id(rule): real & (ids % 3 == 0)}
+    masks = {rule: real & (ids % 3 == 0)}
     return Rows({"input_ids": ids}, contents, layout, masks, starts, lengths, divided), rule, ids
 
 

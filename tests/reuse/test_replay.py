@@ -26,7 +26,7 @@ from transformers.loss import loss_utils
 
 import reftheads as rh
 from reftheads.graph.positions import Positions
-from reftheads.reuse import recorder
+from reftheads.reuse import prefixes
 from reftheads.reuse.cone import Cone
 from reftheads.reuse.store import ActivationStore
 from reftheads.runtime import passes
@@ -166,7 +166,7 @@ def check_exact(model: rh.InterventionModel, batch: dict[str, Any], rtol: float 
     plain = step(model, batch)
     store = ActivationStore(2**30)
     with model.reusing(store) as used:
-        assert used(batch) is not None, used.limits.why_plain()
+        assert used(batch) is not None, used.eligibility.why_plain()
         check(step(model, batch), plain, rtol)
         store.hits = store.misses = 0
         check(step(model, batch), plain, rtol)
@@ -186,7 +186,7 @@ def check_plain(model: rh.InterventionModel, batch: dict[str, Any]) -> Any:
         assert used(batch) is None
         check(step(model, batch), plain, 0)
         assert not len(store)
-        return used.limits.why_plain()
+        return used.eligibility.why_plain()
 
 
 @contextmanager
@@ -288,8 +288,8 @@ def test_an_unusual_decoder_has_the_plain_gradients_and_says_what_is_not_reused(
     model, batch = intervened(from_config(kind(**options)), loreft(-2), loreft(-1), head(0)), usual_batch(targets=True)
     check_exact(model, batch, rtol=1e-6 if name in ("attention in float32", "biases by distance") else 1e-10)
     with model.reusing(None) as used:
-        given = used.limits.why_no_prefix(used.cone)
-        assert (given is None) == (reason is None) == used.division.rows(used.cone, batch).divided
+        given = used.eligibility.why_no_prefix(used.cone)
+        assert (given is None) == (reason is None) == used.split.rows(used.cone, batch).divided
         assert reason is None or reason in given
 
 
@@ -316,7 +316,7 @@ def test_an_encoder_with_a_classifier_skips_the_blocks_below_the_edit(name: str,
     batch.pop("prompt_mask")
     check_exact(model, batch)
     with model.reusing(ActivationStore(2**30)) as used:
-        assert used.limits.why_no_layers(used.cone) is None and used.cone.cut == 2
+        assert used.eligibility.why_no_layers(used.cone) is None and used.cone.cut == 2
         step(model, batch)
         lowest = [m for m in blocks_of(model)[0].modules() if isinstance(m, nn.Linear)]
         with counted(*lowest) as seen:
@@ -353,7 +353,7 @@ def test_an_encoder_decoder_model_has_the_plain_gradients(make: Any, stack: Any)
     batch = batch | {"labels": labels, "decoder_attention_mask": torch.ones_like(labels)}
     check_exact(model, batch)
     with model.reusing(ActivationStore(2**30)) as used:
-        reason = used.limits.why_no_layers(Cone.of(model.plan().nodes, used.info))
+        reason = used.eligibility.why_no_layers(Cone.of(model.plan().nodes, used.facts.info))
         assert (reason == "blocks hand on more than the hidden state") == (make is tiny_t5)
         assert (used.cone.cut > 0) == (make is tiny_bart)
 
@@ -466,7 +466,7 @@ def check_any(family: str, nodes: list[rh.Node], two: Any, training: bool, budge
     strange = {"y", "t"} - set(model.plan().targets)
     first, second = ({name: value for name, value in batch.items() if name not in strange} for batch in two)
     store = ActivationStore(budget)
-    with mock.patch.object(recorder, "SHARED", 4):
+    with mock.patch.object(prefixes, "SHARED", 4):
         check_as_plain(model, first, store, 2)
         check_as_plain(model, second, store, 2)
         check_as_plain(model, first, None, 1)
@@ -587,7 +587,7 @@ def test_what_is_kept_needs_no_gradient_and_no_more_than_its_own_memory() -> Non
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "bloom"])
 def test_a_template_that_all_rows_begin_with_is_run_once(name: str) -> None:
-    common = token_rows([(recorder.SHARED + 3, 0)], seed=7)[0]
+    common = token_rows([(prefixes.SHARED + 3, 0)], seed=7)[0]
     config = copy.deepcopy(CASES[name].config)
     model = intervened(from_config(config), loreft(1))
     tokens = [common + row[:6] for row in token_rows()]
@@ -596,13 +596,13 @@ def test_a_template_that_all_rows_begin_with_is_run_once(name: str) -> None:
     store = ActivationStore(2**30)
     with model.reusing(store), counted(blocks_of(model)[0]) as seen:
         step(model, batch)
-    # a token that shows what blocks keep; the template; the rest of each prefix but its last token; what is computed
-    assert seen[:4] == [1, recorder.SHARED, 4 * (3 + 6 - 2 - 1), 4 * 2]
+    # the template; the rest of each prefix but its last token; what is computed
+    assert seen[:3] == [prefixes.SHARED, 4 * (3 + 6 - 2 - 1), 4 * 2]
     other = batch_of([common + row[:6] for row in token_rows(seed=3)], [len(row) - 2 for row in tokens])
     plain = step(model, other)
     with model.reusing(store), counted(blocks_of(model)[0]) as seen:
         check(step(model, other), plain)
-    assert seen[1:3] == [4 * (3 + 6 - 2 - 1), 4 * 2]
+    assert seen[:2] == [4 * (3 + 6 - 2 - 1), 4 * 2]
 
 
 def test_two_answers_to_one_prompt_share_its_keys_and_values() -> None:
@@ -754,9 +754,9 @@ def test_noise_on_the_embeddings_is_random_in_every_step() -> None:
     model, batch = intervened(base_of("llama"), loreft(1)), usual_batch()
     handle = activate_neftune(model, 5.0)
     with model.reusing(ActivationStore(2**30)) as used:
-        assert "noise" in used.limits.why_plain()
+        assert "noise" in used.eligibility.why_plain()
         assert len({float(model(**batch).loss.detach()) for _ in range(3)}) == 3
-        assert used.limits.why_plain() is not None and model.eval() and used.limits.why_plain() is None
+        assert used.eligibility.why_plain() is not None and model.eval() and used.eligibility.why_plain() is None
     handle.remove()
 
 
@@ -830,7 +830,7 @@ def test_batch_norms_in_training_mode_take_the_plain_path() -> None:
     model = intervened(base, loreft(1))
     batch, store = usual_batch(), ActivationStore(2**30)
     with model.reusing(store) as used:
-        assert "batch norms" in used.limits.why_plain() and used(batch) is None
+        assert "batch norms" in used.eligibility.why_plain() and used(batch) is None
 
 
 def test_the_loss_of_a_router_takes_the_plain_path() -> None:
@@ -1002,7 +1002,7 @@ def test_a_store_without_room_changes_nothing() -> None:
     plain = step(model, batch)
     for budget in (0, 1000, 20_000):
         store = ActivationStore(budget)
-        with model.reusing(store), mock.patch.object(recorder, "SHARED", 2):
+        with model.reusing(store), mock.patch.object(prefixes, "SHARED", 2):
             for _ in range(3):
                 check(step(model, batch), plain)
         assert store.bytes <= budget

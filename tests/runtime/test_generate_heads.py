@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from support import oracle
+from support.idle import idle
 from support.models import VOCAB, WIDTH, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_t5
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, TextGenerationPipeline
@@ -354,7 +355,7 @@ def test_what_a_generation_knew_is_forgotten_afterwards():
     this = Case()
     this.generate()
     layer = this.model.tuner.layer
-    assert layer.generation is None and layer.call is None and not layer.runs
+    assert idle(layer)
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in this.base.modules()]
     this.check(this.generate())
     assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in this.base.modules()]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import oracle
+from support.idle import idle
 from support.models import LAYERS, WIDTH, random_ids, randomise, tiny_bart, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_t5
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -496,8 +497,7 @@ def test_a_forward_that_fails_leaves_the_model_usable(where: str):
     with pytest.raises(RuntimeError, match="broken on purpose"):
         model(**batch, prompt_mask=torch.zeros_like(batch["labels"]))
     handle.remove()
-    layer = model.tuner.layer
-    assert layer.call is None and not layer.runs
+    assert idle(model.tuner.layer)
     assert torch.equal(model(**batch).logits, before)
 
 
@@ -507,7 +507,7 @@ def test_a_refused_batch_leaves_the_model_usable():
     before = model(**batch).logits
     with pytest.raises(ValueError):
         model(input_ids=batch["input_ids"])
-    assert model.tuner.layer.call is None and not model.tuner.layer.runs
+    assert idle(model.tuner.layer)
     assert torch.equal(model(**batch).logits, before)
 
 

@@ -15,7 +15,7 @@ from support.training import arguments, llama, rows_of
 from torch import Tensor, nn
 
 import reftheads as rh
-from reftheads.reuse.eligibility import Limits
+from reftheads.reuse.eligibility import Eligibility
 from reftheads.reuse.store import ActivationStore
 
 RATES, SEEDS = (2e-2, 3e-3), (0, 1)
@@ -236,7 +236,9 @@ def t5() -> Any:
 def test_trials_that_take_turns_are_runs_of_their_own(setting, monkeypatch, why):
     options: dict[str, Any] = {"gradient_accumulation_steps": 2}
     if why == "dropout":  # which would make equal weights a matter of chance
-        monkeypatch.setattr(Limits, "why_plain", lambda self: "the base model has dropout in training mode")
+        monkeypatch.setattr(
+            Eligibility, "why_plain", lambda self, call=None: "the base model has dropout in training mode"
+        )
     if why == "smoothed labels":
         options["label_smoothing_factor"] = 0.1
     if why == "a loss of the model's own":

@@ -1,0 +1,108 @@
+"""What is known of a model before anything of it is reused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from reftheads.architectures.addresses import StackInfo, arguments, stacks
+from reftheads.graph.node import Head
+from reftheads.reuse.fingerprint import Fingerprint
+from reftheads.runtime.interventions import Interventions
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What all parts of reuse know of a model; made once and given to each.
+
+    Attributes:
+        base: the base model, in which graphs are compiled.
+        layer: its interventions.
+        info: the stack of blocks that is fed the input.
+        stack: that stack.
+        blocks: its blocks.
+        arguments: what the stack takes.
+        fingerprint: of the base model's weights and settings.
+        modules: of the base model, all of them.
+    """
+
+    base: nn.Module
+    layer: Interventions
+    info: StackInfo
+    stack: nn.Module
+    blocks: tuple[nn.Module, ...]
+    arguments: frozenset[str]
+    fingerprint: Fingerprint
+    modules: tuple[nn.Module, ...]
+
+    @classmethod
+    def of(cls, base: nn.Module, layer: Interventions, fingerprint: Fingerprint | None = None) -> Facts:
+        """Look at a model.
+
+        Args:
+            fingerprint: of the same model, if there is one already.
+
+        Raises:
+            ValueError: there is not just one stack of blocks that is fed the input.
+        """
+        compiled = next((plan.stacks for plan in layer.plans.values()), None)
+        known = stacks(base) if compiled is None else compiled
+        fed = [stack for stack in known if stack.role == "encoder" or not layer.kind.seq2seq]
+        if len(fed) != 1:
+            raise ValueError(
+                f"activations can be reused in models with one stack of blocks that is fed, not {len(fed)}"
+            )
+        stack = base.get_submodule(fed[0].path)
+        blocks = tuple(base.get_submodule(path) for path in fed[0].blocks)
+        return cls(
+            base,
+            layer,
+            fed[0],
+            stack,
+            blocks,
+            frozenset(arguments(stack)),
+            fingerprint or Fingerprint(base),
+            tuple(base.modules()),
+        )
+
+    def hold(self, base: nn.Module) -> bool:
+        """Return whether they are of this model, as it is now."""
+        return base is self.base and tuple(base.modules()) == self.modules
+
+    @property
+    def seq2seq(self) -> bool:
+        """Whether an encoder is fed the input, and a decoder the answer."""
+        return self.layer.kind.seq2seq
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stack runs."""
+        return next((p.device for p in self.stack.parameters()), torch.device("cpu"))
+
+    @property
+    def lm_head(self) -> nn.Module | None:
+        """The vocabulary projection of a causal language model whose loss is the usual one."""
+        if self.seq2seq or not self.layer.kind.generative:
+            return None
+        usual = getattr(self.base, "loss_function", None) is ForCausalLMLoss
+        return self.base.get_output_embeddings() if usual else None  # type: ignore[operator]
+
+    @property
+    def targets(self) -> set[str]:
+        """The columns of a batch that heads are trained on."""
+        return {name for plan in self.layer.plans.values() for name in plan.targets}
+
+    @property
+    def heads(self) -> list[Head]:
+        """The heads of all adapters."""
+        kinds = (planned.node.intervention for plan in self.layer.plans.values() for planned in plan.nodes)
+        return [kind for kind in kinds if isinstance(kind, Head)]
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the first of the base model's floating-point weights."""
+        return next((p.dtype for p in self.base.parameters() if p.is_floating_point()), torch.float32)

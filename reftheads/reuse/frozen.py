@@ -1,0 +1,113 @@
+"""Passes of the frozen base model, without gradient, in which no node acts and which end as soon as they can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from reftheads.graph.site import Side
+from reftheads.reuse.facts import Facts
+from reftheads.reuse.layout import Layout
+from reftheads.reuse.prefix_cache import cache_of, pieces_of
+from reftheads.runtime.hooks import Done, attach, in_this_thread
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+FILLED = "filled"  # what is captured when the last block has added its keys and values
+
+
+class Tap(NamedTuple):
+    """A tensor to be captured: at which module and side, and which of its features."""
+
+    module: str
+    side: Side
+    index: Any = slice(None)
+
+
+@dataclass
+class Capture:
+    """What a pass is run for, by names, and what it has come by so far."""
+
+    wanted: set[Any]
+    tensors: dict[Any, Tensor] = field(default_factory=dict)
+
+    def take(self, name: Any, h: Tensor) -> None:
+        """Keep a tensor; ends the pass if it was the last one that is wanted."""
+        self.tensors[name] = h.detach()
+        if self.wanted <= self.tensors.keys():
+            raise Done
+
+
+def run_frozen(
+    facts: Facts,
+    capture: Capture,
+    taps: Mapping[Any, Tap],
+    inputs: Mapping[str, Tensor],
+    cache: Any = None,
+) -> dict[Any, Float[Tensor, "rows columns width"]]:
+    """Run the stack until all that is wanted is known, and return it.
+
+    Args:
+        capture: what is wanted.
+        taps: where that is; what is not here is taken by somebody else, such as a cache.
+        inputs: of the stack.
+    """
+    shape = next(iter(inputs.values())).shape
+    with ExitStack() as on_exit, torch.no_grad(), facts.layer.silent():
+        for name, tap in taps.items():
+            take = in_this_thread(partial(_take, capture, name, shape, tap.index))
+            on_exit.callback(attach(facts.base.get_submodule(tap.module), tap.side, take).remove)
+        with suppress(Done):
+            facts.stack(**inputs, **({} if cache is None else {"past_key_values": cache, "use_cache": True}))
+    return capture.tensors
+
+
+def _take(capture: Capture, name: Any, shape: Iterable[int], index: Any, h: Tensor, x: Tensor) -> None:
+    if h.ndim == 2:
+        h = h.unflatten(0, tuple(shape)[:2])
+    capture.take(name, h[..., index])
+
+
+def inputs_of(facts: Facts, ids: Int[Tensor, "rows computed"], layout: Layout) -> dict[str, Tensor]:
+    """Return what the stack is fed for the computed part of rows."""
+    inputs = {"input_ids": ids, "attention_mask": layout.attention_mask.to(ids.device)}
+    if "position_ids" in facts.arguments:
+        inputs["position_ids"] = layout.position_ids.to(ids.device)
+    return inputs
+
+
+def keeps_pieces(facts: Facts) -> bool:
+    """Return whether all blocks keep keys and values of one shape for a token, as one token shows."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=facts.device)
+    cache = cache_of([[]], 0, 1, len(facts.blocks))
+    run_frozen(facts, Capture({FILLED}), {}, inputs_of(facts, ids, Layout.behind([0], [1], [0])), cache)
+    try:
+        pieces_of(cache, 0, [1], 0)
+    except ValueError:
+        return False
+    return True
+
+
+def elements_given(facts: Facts) -> int:
+    """Return how many elements the tuple has that a block returns, as one token shows; 0 for a tensor."""
+    counts: list[int] = []
+
+    def count(block: nn.Module, args: Any, output: Any) -> None:
+        counts.append(len(output) if isinstance(output, tuple) else 0)
+        raise Done
+
+    ids = torch.zeros(1, 1, dtype=torch.long, device=facts.device)
+    handle = facts.blocks[0].register_forward_hook(in_this_thread(count), prepend=True)
+    try:
+        with torch.no_grad(), facts.layer.silent(), suppress(Done):
+            facts.stack(input_ids=ids, attention_mask=torch.ones_like(ids))
+    finally:
+        handle.remove()
+    return counts[0]

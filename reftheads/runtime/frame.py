@@ -1,0 +1,116 @@
+"""Where the columns of a pass lie, and above all: where the prompt ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from reftheads.architectures.addresses import StackInfo
+from reftheads.graph.node import IGNORE
+from reftheads.graph.positions import Positions
+from reftheads.runtime.passes import Frame
+from reftheads.runtime.scope import Call
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
+
+
+@dataclass(frozen=True)
+class BaseKind:
+    """What of a base model decides where its prompts are.
+
+    Attributes:
+        generative: whether it generates text.
+        seq2seq: whether an encoder is fed the input, and a decoder the answer.
+        one_stack: whether it has one stack of blocks.
+    """
+
+    generative: bool
+    seq2seq: bool
+    one_stack: bool
+
+    def feeds_input(self, stack: StackInfo) -> bool:
+        """Return whether a stack is fed the input that a prompt mask is about, not the answer or an image."""
+        if self.seq2seq:
+            return not stack.causal
+        return stack.causal or self.one_stack
+
+
+def frame_of(
+    kind: BaseKind,
+    stack: StackInfo,
+    call: Call,
+    inputs: Mapping[str, Any],
+    shape: tuple[int, int] | None,
+    rules: Sequence[Positions],
+) -> Frame:
+    """Return where the columns of a pass lie, by what the stack and the base model were given.
+
+    Where the prompt ends is taken from, in this order: `generate`, which recorded it; a prompt mask; labels. Without
+    any of them the whole input is the prompt.
+
+    Args:
+        inputs: what the stack was given, by the names of its arguments.
+        shape: rows and columns of the pass; `None` for models without tokens.
+        rules: of the nodes that act.
+
+    Raises:
+        ValueError: a rule about prompts and nothing that says where they end, while a language model is trained;
+            rows that hold several sequences; a mask that does not show which columns are tokens.
+    """
+    cache = inputs.get("past_key_values")
+    past = cache.get_seq_length() if cache is not None else 0
+    past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on in place
+    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+    flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if call.generation is not None and stack.causal and shape is not None:
+        return Frame(past, *call.generation.masks(shape[0]), ids)
+    relative = next((rule for rule in rules if rule.needs_prompt), None)
+    if relative is not None and _packed(inputs):
+        raise ValueError(f"positions {str(relative)!r} need one row a sequence, and these rows are packed: unpack them")
+    prompt = _prompt_mask(kind, stack, call, shape, past)
+    if prompt is None and shape is not None and relative is not None:
+        if mask is not None and flat is None:
+            raise ValueError(
+                f"positions {str(relative)!r} count real tokens, which a mask of this form does not show: pass a "
+                "2-D attention_mask, or prompt_mask"
+            )
+        # a head's target shows that rows are whole inputs to be judged, not prompts with answers
+        if call.training and stack.causal and kind.generative and not call.targets:
+            raise ValueError(
+                f"positions {str(relative)!r} depend on where the prompt ends, and this batch does not say: pass "
+                "labels with -100 on the prompt, or prompt_mask, or use positions='all'; or call model.eval()"
+            )
+    return Frame(past, flat, prompt, ids)
+
+
+def _prompt_mask(
+    kind: BaseKind, stack: StackInfo, call: Call, shape: tuple[int, int] | None, past: int | Tensor
+) -> Bool[Tensor, "rows columns"] | None:
+    if kind.feeds_input(stack):
+        recorded = call.generation is not None and not stack.causal
+        mask = call.generation.encoder_prompt if recorded and call.generation is not None else call.prompt_mask
+        if mask is not None:
+            return mask
+    labels = call.labels
+    if not stack.causal or not kind.generative or labels is None or shape is None or labels.shape != shape:
+        return None
+    answered = (labels != IGNORE).long()
+    # the decoder of an encoder-decoder model is fed the labels one column late
+    before = answered.cumsum(1) - answered if kind.seq2seq else answered.cumsum(1)
+    cached = before.new_zeros((shape[0], int(past)))  # labels cover this chunk; what lies before is prompt
+    return torch.cat([cached, before], dim=1) == 0
+
+
+def _packed(inputs: Mapping[str, Any]) -> bool:
+    """Return whether a row holds several sequences, as its positions show where there is no mask."""
+    positions = inputs.get("position_ids")
+    if inputs.get("cu_seq_lens_q") is not None:
+        return True
+    if inputs.get("attention_mask") is not None or not isinstance(positions, Tensor) or positions.ndim != 2:
+        return False
+    return bool((positions[:, 1:] <= positions[:, :-1]).any())

@@ -1,0 +1,97 @@
+"""Which nodes act in a pass: of the adapters of a call those of one stack, with their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from reftheads.graph.node import NodeModule, Params
+from reftheads.runtime.acting import derive
+from reftheads.runtime.passes import Acting, NodeKey, SideBySide
+from reftheads.runtime.plan import Plan, PlannedNode
+from reftheads.runtime.scope import Call
+
+Listed = tuple[NodeKey, PlannedNode, NodeModule]
+"""Under which key a node's parameters are kept, the node, and these parameters."""
+
+
+class HoldsNodes(Protocol):
+    """What has the compiled graphs of all adapters, and their parameters by adapter and key."""
+
+    plans: dict[str, Plan]
+    rh_nodes: nn.ModuleDict
+
+
+def nodes_of(layer: HoldsNodes, stack: str, call: Call) -> Iterator[Listed]:
+    """Yield the nodes of a stack that act in a call, adapter by adapter, in the order of their graph."""
+    for adapter in call.adapters if call.adapter_names is None else dict.fromkeys(call.adapter_names):
+        if adapter not in layer.plans:
+            continue
+        modules = layer.rh_nodes[adapter]
+        for planned in layer.plans[adapter].of_stack(stack):
+            yield (adapter, planned.node.key), planned, modules[planned.node.key]  # type: ignore[index]
+
+
+def acting_on(layer: HoldsNodes, nodes: Sequence[Listed], call: Call, tokens: Tensor | None = None) -> Iterator[Acting]:
+    """Yield each node with what it needs in one pass over `tokens` [rows columns …].
+
+    Raises:
+        ValueError: a number of adapter names that does not fit the rows.
+    """
+    derived = _derived([module for _, _, module in nodes], call)
+    stacked = () if tokens is None else side_by_side(layer, call, len(tokens))
+    for (adapter, _), planned, module in nodes:
+        key, rows, p = (adapter, str(planned.node.name)), None, derived[module]
+        source = None if planned.node.source is None else layer.plans[adapter][planned.node.source]
+        if len(stacked) > 1 and source is None and p is not None:
+            if adapter == stacked[0]:
+                yield _stacked(layer, planned, stacked, derived)
+            continue
+        if call.adapter_names is not None and tokens is not None:
+            rows = _rows_of(adapter, call.adapter_names, tokens)
+        yield Acting(key, planned, module, p, module.dtype, rows, source)
+
+
+def side_by_side(layer: HoldsNodes, call: Call, rows: int) -> Sequence[str]:
+    """Return the adapters of a batch's rows, if they have one graph and equal shares, one after the other."""
+    names = call.adapter_names
+    if names is None or len(names) != rows or not all(name in layer.plans for name in names):
+        return ()
+    adapters = tuple(dict.fromkeys(names))
+    share = rows // max(len(adapters), 1)
+    if names != tuple(name for name in adapters for _ in range(share)):
+        return ()
+    one_graph = all(layer.plans[name].graph == layer.plans[adapters[0]].graph for name in adapters)
+    return adapters if one_graph else ()
+
+
+def _stacked(
+    layer: HoldsNodes, planned: PlannedNode, adapters: Sequence[str], derived: dict[NodeModule, Params | None]
+) -> Acting:
+    name = str(planned.node.name)
+    modules: dict[NodeKey, NodeModule] = {
+        (adapter, name): layer.rh_nodes[adapter][planned.node.key]  # type: ignore[index,misc]
+        for adapter in adapters
+    }
+    every = [derived[module] or {} for module in modules.values()]
+    p = {letter: torch.stack([params[letter] for params in every]) for letter in every[0]}
+    dtype = next(iter(modules.values())).dtype
+    return Acting((adapters[0], name), planned, SideBySide(modules), p, dtype, None, None)
+
+
+def _derived(modules: Sequence[NodeModule], call: Call) -> dict[NodeModule, Params | None]:
+    if call.generation is None or torch.is_grad_enabled():
+        return derive(modules)
+    known = call.generation.derived
+    known.update(derive(module for module in modules if module not in known))
+    return known
+
+
+def _rows_of(adapter: str, adapter_names: Sequence[str], tokens: Tensor) -> Tensor:
+    keep = torch.tensor([name == adapter for name in adapter_names], device=tokens.device)
+    if tokens.shape[0] % len(keep):
+        raise ValueError(f"adapter_names has {len(keep)} entries for {tokens.shape[0]} rows: give one a row")
+    return keep.repeat_interleave(tokens.shape[0] // len(keep))
