@@ -18,9 +18,7 @@ import reftheads
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 LIBRARY = griffe.load("reftheads", search_paths=[ROOT], allow_inspection=False)
-PACKAGES = sorted(
-    name for name, module in LIBRARY.modules.items() if module.is_init_module and not name.startswith("_")
-)
+PACKAGES = sorted(name for name, module in LIBRARY.modules.items() if module.is_init_module and name[0] != "_")
 
 VERBS = frozenset(
     """
