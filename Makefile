@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check format bench docs clean
+.PHONY: demo test check format bench docs pictures clean
 
 # torch first and alone: a range would take the newest build, which brings gigabytes of CUDA packages
 .venv/base: constraints.txt
@@ -43,6 +43,9 @@ bench: .venv/dev
 
 docs: .venv/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pictures: .venv/dev
+	$(BIN)/python docs/images/draw_cone.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 
 import griffe
+import matplotlib.image
+import numpy as np
 import pytest
 from support.paths import ROOT
 
@@ -154,3 +156,10 @@ def test_links_of_a_page_lead_somewhere(page):
         file = page.parent / path if path else page
         assert file.exists(), f"{page.name} links to {target}"
         assert not anchor or anchor in anchors(file), f"{page.name} links to {target}: {file.name} has no such heading"
+
+
+def test_the_picture_of_the_cone_is_what_its_script_draws(tmp_path):
+    script, drawn = ROOT / "docs" / "images" / "draw_cone.py", tmp_path / "cone.png"
+    subprocess.run([sys.executable, "-W", "ignore", str(script), str(drawn)], cwd=tmp_path, check=True)
+    new, old = (matplotlib.image.imread(file) for file in (drawn, script.with_name("cone.png")))
+    assert new.shape == old.shape and np.abs(new - old).mean() < 0.01  # fonts may differ by a little
