@@ -109,10 +109,10 @@ def draw(steps: Steps, file: Path) -> None:
     cell(axes, last, EDITED, EDIT)
     cell(axes, last, PROBED, HEAD)
     for token in range(tokens):
-        is_scored = token >= tokens - steps.scored
-        cell(
-            axes, token, top, LOGITS if is_scored else "none", edgecolor=LOGITS if is_scored else PASSED, linewidth=1.2
-        )
+        if token < tokens - steps.scored:
+            cell(axes, token, top, "none", edgecolor=PASSED, linewidth=1.2)
+        else:
+            cell(axes, token, top, LOGITS)
 
     style = {"color": PALE, "fontsize": 12}
     for block in range(BLOCKS):
@@ -127,14 +127,10 @@ def draw(steps: Steps, file: Path) -> None:
         axes.plot([start - 0.43, end + 0.43], [-2.8, -2.8], color=PALE, linewidth=1.2)
         axes.text((start + end) / 2, -2.95, name, ha="center", va="top", **style)
 
+    share = f"{len(steps.later)} of {len(steps.first)}"
     for height, colour, title, text in (
         (top, LOGITS, "logits", "where there is a label"),
-        (
-            10.2,
-            COMPUTED,
-            "computed in every step",
-            f"what the edit can change:\n{len(steps.later)} of {tokens * BLOCKS} cells",
-        ),
+        (10.2, COMPUTED, "computed in every step", f"what the edit can change:\n{share} cells"),
         (7.4, EDIT, "edit (LoReFT)", f"output of block {EDITED},\nlast token of the prompt"),
         (4.6, KEPT, "computed once, and kept", "keys and values before the edit,\nhidden states below it"),
         (1.8, HEAD, "head", "below the edit it reads what is kept"),
