@@ -149,6 +149,12 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
+def test_the_readme_has_a_line_for_every_folder():
+    tree = re.findall(r"^ *(\w+)/  +\S", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    folders = [ROOT / "recipes", ROOT / "tests", ROOT / "docs", *(ROOT / "reftheads").iterdir()]
+    assert sorted(tree) == sorted(folder.name for folder in folders if folder.is_dir() and folder.name[0] != "_")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_of_a_page_lead_somewhere(page):
     for target in re.findall(r"\]\((?![a-z]+:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
