@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench docs pictures clean
 
 # torch first and alone: a range would take the newest build, which brings gigabytes of CUDA packages
 .venv/base: constraints.txt
@@ -40,6 +40,12 @@ bench: .venv/dev
 	$(BIN)/python recipes/benchmarks/overhead.py
 	$(BIN)/python recipes/benchmarks/cone.py
 	$(BIN)/python recipes/benchmarks/probes.py
+
+docs: .venv/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pictures: .venv/dev
+	$(BIN)/python docs/images/draw_cone.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
