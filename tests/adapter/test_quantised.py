@@ -1,14 +1,11 @@
 """A base model of 4 or 8 bits: frozen as it is, with LoRA, edits and heads in full precision, on the CPU."""
 
-import os
-import socket
-import sys
-
 import pytest
 import torch
 from support.models import LAYERS, VOCAB, random_ids, randomise, tiny_llama
+from support.processes import run_together
+from support.quantised import base_of, qlora, rows, trained, weights
 from torch import nn
-from transformers import TrainingArguments
 
 import reftheads as rh
 
@@ -27,16 +24,6 @@ def saved(tokenizer, tmp_path):
     return str(tmp_path / "base")
 
 
-def base_of(saved: str, bits: int = 4):
-    return rh.load_base(saved, bits=bits, dtype="float32", device_map="cpu")[0]
-
-
-def qlora(base, *nodes: rh.Node) -> rh.InterventionModel:
-    """LoRA on every linear module, a classifier of the last token, and what is given."""
-    head = rh.Node(rh.LinearHead(3, "mood"), layer=-1, positions="l1", name="mood")
-    return rh.InterventionModel(base, rh.preset("lora8:all-linear", base) + rh.InterventionGraph(head, *nodes))
-
-
 def state(base: nn.Module) -> dict[str, torch.Tensor]:
     """Everything that the base computes with. Not its state dict: bitsandbytes changes 4-bit weights asked for it."""
     tensors = dict(base.named_parameters()) | dict(base.named_buffers())
@@ -52,34 +39,8 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def arguments(folder, **options) -> TrainingArguments:
-    given = dict(
-        max_steps=12, learning_rate=5e-3, per_device_train_batch_size=8, save_strategy="no", logging_steps=1,
-        report_to=[], disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
-    return TrainingArguments(str(folder), **given | options)
-
-
-def rows(count: int = 8) -> list[dict]:
-    return [{"input_ids": ids, "mood": i % 3} for i, ids in enumerate(random_ids(count, 7).tolist())]
-
-
-def trained(saved: str, tokenizer, folder, make=qlora, data=None, reuse="auto", **options) -> rh.InterventionTrainer:
-    torch.manual_seed(0)
-    model = make(base_of(saved, options.pop("bits", 4)))
-    trainer = rh.InterventionTrainer(
-        model, arguments(folder, **options), train_dataset=data or rows(), processing_class=tokenizer, reuse=reuse
-    )
-    trainer.train()
-    return trainer
-
-
 def logged(trainer: rh.InterventionTrainer, name: str = "loss") -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def weights(model: rh.InterventionModel) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if "rh_nodes" in name}
 
 
 def stir(model: rh.InterventionModel) -> None:
@@ -311,35 +272,26 @@ def test_four_kinds_of_loss_fall_together_and_are_logged_by_name(saved, tokenize
 # --- several processes ------------------------------------------------------------------------------------
 
 
-def _train_part(rank: int, world: int, port: int, saved: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    tokenizer = rh.load_base(saved)[1]
-    trainer = trained(saved, tokenizer, folder, optim="sgd", per_device_train_batch_size=4, ddp_backend="gloo")
-    assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
-    if rank == 0:
-        torch.save(weights(trainer.model), f"{folder}/weights")
-    torch.distributed.barrier()
-    os._exit(0)  # taking the process group down can wait for ever where the other process has gone
+PROGRAM = """
+import sys, torch
+import reftheads as rh
+from support.processes import leave
+from support.quantised import base_of
+from support.quantised import trained, weights
+torch.set_num_threads(1)
+saved, folder = sys.argv[1:]
+tokenizer = rh.load_base(saved)[1]
+trainer = trained(saved, tokenizer, folder, optim="sgd", per_device_train_batch_size=4, ddp_backend="gloo")
+assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+if torch.distributed.get_rank() == 0:
+    torch.save(weights(trainer.model), f"{folder}/weights")
+leave()
+"""
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_weights_of_one(saved, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn = torch.multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_train_part, args=(i, 2, port, saved, str(tmp_path))) for i in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+def test_two_processes_train_the_weights_of_one(saved, tokenizer, tmp_path):
+    run_together(PROGRAM, saved, tmp_path)
     alone = weights(trained(saved, tokenizer, tmp_path, optim="sgd").model)
     apart = torch.load(tmp_path / "weights", weights_only=True)
     torch.manual_seed(0)

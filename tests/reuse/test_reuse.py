@@ -1,13 +1,9 @@
 """What a trainer and `generate` reuse of the frozen base model: their results are those of computing everything."""
 
-import os
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +14,9 @@ import torch
 import transformers as tf
 from support.models import random_ids, randomise, tiny_gemma3, tiny_gpt2, tiny_llama
 from support.oracle import causal_loss, exact_loss
-from support.paths import TESTS
-from support.training import arguments, edits, head, llama, rows_of, weights
+from support.processes import run_together
+from support.reuse import BOTH, READING, apart, fit, losses, store_of, trainer_of, without
+from support.training import arguments, edits, llama, rows_of
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
@@ -30,67 +27,9 @@ from reftheads.training import trainer as trainer_module
 KINDS = ["memory", "disk", "auto", "store"]
 
 
-BOTH = rh.InterventionGraph(head(0, "below"), *edits("l2"), head(2, "above"))
-READING = rh.InterventionGraph(head(0, "low"), head(2, "high"))
-
-
 @pytest.fixture
 def rows(tokenizer) -> list[dict[str, Any]]:
     return rows_of(tokenizer)
-
-
-def trainer_of(
-    tokenizer: Any,
-    rows: Any,
-    folder: Path,
-    reuse: Any,
-    graph: rh.InterventionGraph = BOTH,
-    dtype: torch.dtype = torch.float32,
-    base: Callable[[], Any] = llama,
-    wrap: Callable[..., Any] = rh.InterventionModel,
-    trainer: type[rh.InterventionTrainer] = rh.InterventionTrainer,
-    options: Mapping[str, Any] | None = None,
-    **more: Any,
-) -> rh.InterventionTrainer:
-    made = base().to(dtype)
-    torch.manual_seed(0)
-    model = wrap(made, graph).to(dtype)
-    # Adam divides by the gradient's size, so that what it makes of rounding is as large as what it learns
-    optimiser = {"optim": "adamw_torch"} if dtype == torch.float64 else {"optim": "sgd", "learning_rate": 0.1}
-    args = arguments(folder, **{"max_steps": -1, "num_train_epochs": 3} | optimiser | dict(options or {}))
-    if not {node.name for node in graph} & {"below", "low"}:  # a column that nobody knows takes the plain path
-        rows = without(rows, "label")
-        more |= {"eval_dataset": without(more.get("eval_dataset"), "label")}
-    reuse = ActivationStore(2**28) if reuse == "store" else reuse
-    more = {"processing_class": tokenizer} | more
-    return trainer(model, args, train_dataset=rows, reuse=reuse, **more)
-
-
-def without(rows: Any, name: str) -> Any:
-    """Rows without a column; a dataset of another type as it is."""
-    return [{n: v for n, v in row.items() if n != name} for row in rows] if isinstance(rows, list) else rows
-
-
-def fit(*given: Any, resume: str | None = None, **options: Any) -> rh.InterventionTrainer:
-    made = trainer_of(*given, **options)
-    made.train(resume_from_checkpoint=resume)
-    return made
-
-
-def apart(one: Any, two: Any) -> float:
-    """The largest difference of two sets of trained weights, relative to the largest of each tensor."""
-    a, b = (weights(trained.model) for trained in (one, two))
-    assert a.keys() == b.keys() and a
-    return max(float((a[n] - b[n]).abs().max() / a[n].abs().max().clamp(min=1e-3)) for n in a)
-
-
-def store_of(trainer: rh.InterventionTrainer) -> ActivationStore:
-    assert trainer._replay is not None and trainer._replay.store is not None
-    return trainer._replay.store
-
-
-def losses(trainer: rh.InterventionTrainer, name: str = "loss") -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 @contextmanager
@@ -547,38 +486,32 @@ def test_generation_in_evaluations_reuses_the_prompts(tokenizer, rows, tmp_path)
 
 # --- several processes ------------------------------------------------------------------------------------
 
-_PART = """
-import sys, os
-sys.path.insert(0, sys.argv[1])
-import torch, transformers, test_reuse
+PROGRAM = """
+import sys, torch, transformers
 from pathlib import Path
+from support.processes import leave
+from support.reuse import fit, store_of
+from support.training import rows_of
 torch.set_num_threads(1)
-folder, reuse = Path(sys.argv[2]), sys.argv[3]
+folder = Path(sys.argv[1])
 tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-rows = test_reuse.rows_of(tokenizer, 11)
+rows = rows_of(tokenizer, 11)
 options = {"ddp_backend": "gloo", "gradient_accumulation_steps": 2, "eval_strategy": "epoch", "num_train_epochs": 4}
-made = test_reuse.fit(tokenizer, rows, folder / reuse, reuse, options=options, eval_dataset=rows)
-assert made.args.world_size == 2 and made.args.parallel_mode.value == "distributed", made.args.parallel_mode
-if reuse != "off":
-    assert test_reuse.store_of(made).hits > 0
-if made.args.process_index == 0:
-    torch.save({n: p.detach() for n, p in made.model.named_parameters() if p.requires_grad}, folder / f"{reuse}.pt")
-torch.distributed.barrier()
-os._exit(0)
+for reuse in sys.argv[2:]:
+    made = fit(tokenizer, rows, folder / reuse, reuse, options=options, eval_dataset=rows)
+    assert made.args.world_size == 2 and made.args.parallel_mode.value == "distributed", made.args.parallel_mode
+    if reuse != "off":
+        assert store_of(made).hits > 0
+    if made.args.process_index == 0:
+        torch.save({n: p.detach() for n, p in made.model.named_parameters() if p.requires_grad}, folder / f"{reuse}.pt")
+leave()
 """
 
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_weights(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "part.py").write_text(_PART)
-    interface = "lo0" if sys.platform == "darwin" else "lo"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": interface}
-    for reuse in ("off", "memory", "disk"):
-        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command += [str(tmp_path / "part.py"), str(TESTS), str(tmp_path), reuse]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+    run_together(PROGRAM, tmp_path, "off", "memory", "disk")
     off, *others = (torch.load(tmp_path / f"{reuse}.pt", weights_only=True) for reuse in ("off", "memory", "disk"))
     for other in others:
         for name, value in off.items():

@@ -1,10 +1,6 @@
 """One forward pass: batches against rows alone, where the prompt ends, checkpointing, hooks, copies, failures."""
 
 import copy
-import os
-import sys
-from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -12,81 +8,27 @@ import torch
 import torch.nn.functional as F
 from support import oracle
 from support.idle import idle
-from support.models import LAYERS, WIDTH, random_ids, randomise, tiny_bart, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_t5
+from support.models import LAYERS, WIDTH, random_ids, randomise, tiny_bart, tiny_llama, tiny_t5
+from support.passes import (
+    MODELS,
+    PROMPT,
+    ROWS,
+    RULES,
+    alike,
+    answer_loss,
+    base_of,
+    changes,
+    close,
+    gradients,
+    intervened,
+    labelled,
+)
+from support.processes import run_together
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM, DynamicCache, LlamaForSequenceClassification, StaticCache
 
 import reftheads as rh
-
-MODELS: dict[str, tuple[Callable[..., Any], str, dict[str, float]]] = {
-    "llama": (tiny_llama, "model.layers.{}", {"initializer_range": 0.3}),
-    "gpt2": (
-        tiny_gpt2,
-        "transformer.h.{}",
-        {"initializer_range": 0.3, "attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0},
-    ),
-    "gemma3": (tiny_gemma3, "model.layers.{}", {"initializer_range": 0.3}),
-}
-ROWS = [[5, 6, 7, 8, 9, 10, 11, 12], [13, 14, 15, 16], [17, 18], [19, 20, 21, 22, 23]]
-PROMPT = [5, 2, 1, 4]  # tokens of the prompt in each row; the others are the answer
-RULES = ["f1", "l1", "f2+l2", "f9", "l3", "all", "prompt", "generated"]
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-10)
-
-
-def base_of(name: str = "llama") -> Any:
-    make, _, options = MODELS[name]
-    return make(**options).double()
-
-
-def intervened(base: Any, rule: str) -> rh.InterventionModel:
-    """A copy of `base` with a strong LoReFT after block 0 and a strong steering vector after block 1."""
-    torch.manual_seed(3)
-    graph = rh.InterventionGraph(
-        rh.Node(rh.LoReFT(rank=4), 0, positions=rule, name="reft"),
-        rh.Node(rh.Steering(vector=torch.randn(WIDTH) * 2, trainable=True), 1, positions=rule, name="steer"),
-    )
-    model = rh.InterventionModel(copy.deepcopy(base), graph).double().eval()
-    with torch.no_grad():
-        model.node("reft").b.copy_(torch.randn(4) * 3)
-    return model
-
-
-def changes(model: rh.InterventionModel, rule: str, block: str) -> list[tuple[str, oracle.Change]]:
-    return [
-        (block.format(0), oracle.at(rule, oracle.loreft(model.node("reft")))),
-        (block.format(1), oracle.at(rule, oracle.adding(model.node("steer").v.detach()))),
-    ]
-
-
-def labelled(side: str, rows: list[list[int]] = ROWS, prompt: list[int] = PROMPT) -> dict[str, Tensor]:
-    """A padded batch with the answers as labels."""
-    batch = oracle.pad(rows, side)
-    answers = [[-100] * n + row[n:] for row, n in zip(rows, prompt, strict=True)]
-    labels = oracle.pad(answers, side)["input_ids"]
-    return {**batch, "labels": torch.where(batch["attention_mask"] == 1, labels, -100)}
-
-
-def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum over answer tokens."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def alike(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert got.keys() == expected.keys() and expected
-    assert all(g.abs().max() > 0 for g in expected.values())
-    for name in expected:
-        close(got[name], expected[name])
-
 
 # --- batches against rows alone ---------------------------------------------------------------------------
 
@@ -587,33 +529,26 @@ def test_collected_activations_are_those_at_the_selected_tokens():
 # --- several processes ------------------------------------------------------------------------------------
 
 
-def _train_part(rank: int, world: int, file: str, results: str) -> None:
-    torch.set_num_threads(1)
-    wait = timedelta(seconds=60)
-    torch.distributed.init_process_group("gloo", f"file://{file}", timeout=wait, rank=rank, world_size=world)
-    model = intervened(base_of(), "f2+l2").train()
-    parallel = nn.parallel.DistributedDataParallel(model)
-    part = {key: value[rank::world] for key, value in labelled("left").items()}
-    answer_loss(parallel(**part).logits, part["labels"]).backward()
-    if rank == 0:
-        torch.save(gradients(model), results)
-    torch.distributed.barrier()
-    os._exit(0)  # taking the process group down can wait for ever where the other process has gone
+PROGRAM = """
+import sys, torch
+from support.passes import answer_loss, base_of, gradients, intervened, labelled
+from support.processes import leave
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+model = intervened(base_of(), "f2+l2").train()
+parallel = torch.nn.parallel.DistributedDataParallel(model)
+part = {key: value[rank::world] for key, value in labelled("left").items()}
+answer_loss(parallel(**part).logits, part["labels"]).backward()
+if rank == 0:
+    torch.save(gradients(model), sys.argv[1])
+leave()
+"""
 
 
 @pytest.mark.slow
-def test_two_processes_get_the_gradients_of_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    where = (str(tmp_path / "meet"), str(tmp_path / "gradients"))
-    processes = [
-        torch.multiprocessing.get_context("spawn").Process(target=_train_part, args=(i, 2, *where)) for i in (0, 1)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+def test_two_processes_get_the_gradients_of_one(tmp_path):
+    run_together(PROGRAM, tmp_path / "gradients")
     model = intervened(base_of(), "f2+l2").train()
     batch = labelled("left")
     answer_loss(model(**batch).logits, batch["labels"]).backward()

@@ -59,3 +59,18 @@ def edits(positions: Any = "l1", **options: Any) -> rh.InterventionGraph:
 def head(layer: int, name: str, target: str | None = "label") -> rh.Node:
     """A classifier of the last token of the prompt."""
     return rh.Node(rh.LinearHead(outputs=2, target=target, weight=0.5), layer=layer, positions="l1", name=name)
+
+
+def train_two_losses(tokenizer: Any, args: TrainingArguments) -> rh.InterventionTrainer:
+    """Train an edit and a head, each by a loss of its own, on rows of one length: every order has the same means."""
+    rows = rh.encode_pairs(tokenizer, ["a b c", "d e f"] * 4, ["d e", "x y"] * 4)
+    rows = [row | {"sort": i % 3} for i, row in enumerate(rows)]
+    torch.manual_seed(0)
+    graph = rh.InterventionGraph(
+        rh.Node(rh.LoReFT(rank=2), 0, positions="all", name="edit"),
+        rh.Node(rh.LinearHead(3, target="sort"), 1, positions="f1", name="sort"),
+    )
+    model = rh.InterventionModel(llama(len(tokenizer), num_hidden_layers=2), graph)
+    trainer = rh.InterventionTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    return trainer

@@ -1,15 +1,12 @@
 """Training: resuming, evaluation, generation, accumulation, mixed precision, checkpointing, bad input."""
 
 import math
-import os
-import subprocess
-import sys
 
 import peft
 import pytest
 import torch
-from support.paths import TESTS
-from support.training import arguments, llama, weights
+from support.processes import run_together
+from support.training import arguments, llama, train_two_losses, weights
 from torch.utils.data import IterableDataset
 from transformers import LlamaForCausalLM, Trainer
 
@@ -379,51 +376,31 @@ def test_a_base_that_is_trained_is_in_checkpoints_and_resumes(tokenizer, rows, t
     assert torch.equal(reloaded.lm_head.weight, resumed["base_model.model.lm_head.weight"])
 
 
-_PART = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-import torch, transformers, test_trainer
+PROGRAM = """
+import sys, torch, transformers
 from pathlib import Path
+from support.processes import leave
+from support.training import arguments, train_two_losses, weights
 torch.set_num_threads(1)
-folder, processes = Path(sys.argv[2]), int(sys.argv[3])
+folder = Path(sys.argv[1])
 tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-options = {"per_device_train_batch_size": 8 // processes, "max_steps": 2, "optim": "sgd", "learning_rate": 1.0}
-options |= {"ddp_backend": "gloo"} if processes > 1 else {}
-made = test_trainer.fit_heads(tokenizer, test_trainer.arguments(folder / "out", **options))
-assert made.args.world_size == processes
+options = {"max_steps": 2, "optim": "sgd", "learning_rate": 1.0}
+args = arguments(folder / "out", per_device_train_batch_size=4, ddp_backend="gloo", **options)
+made = train_two_losses(tokenizer, args)
+assert made.args.world_size == 2
 if made.args.process_index == 0:
-    torch.save(test_trainer.weights(made.model), folder / f"{processes}.pt")
-if processes > 1:
-    torch.distributed.barrier()
-os._exit(0)
+    torch.save(weights(made.model), folder / "weights")
+leave()
 """
-
-
-def fit_heads(tokenizer, args):
-    """A language model's loss and that of a head, on rows of one length, so that every order has the same means."""
-    rows = rh.encode_pairs(tokenizer, ["a b c", "d e f"] * 4, ["d e", "x y"] * 4)
-    rows = [row | {"sort": i % 3} for i, row in enumerate(rows)]
-    torch.manual_seed(0)
-    graph = rh.InterventionGraph(
-        rh.Node(rh.LoReFT(rank=2), 0, positions="all", name="edit"),
-        rh.Node(rh.LinearHead(3, target="sort"), 1, positions="f1", name="sort"),
-    )
-    return fit(tokenizer, rows, args, graph)
 
 
 @pytest.mark.slow
 def test_heads_count_as_much_beside_labels_on_two_processes_as_on_one(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "part.py").write_text(_PART)
-    interface = "lo0" if sys.platform == "darwin" else "lo"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": interface}
-    for processes in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if processes > 1 else []
-        command = [sys.executable, "-W", "ignore", *launch, str(tmp_path / "part.py"), str(TESTS)]
-        done = subprocess.run(
-            [*command, str(tmp_path), str(processes)], capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    run_together(PROGRAM, tmp_path)
+    options = {"max_steps": 2, "optim": "sgd", "learning_rate": 1.0}
+    alone = train_two_losses(tokenizer, arguments(tmp_path / "out", per_device_train_batch_size=8, **options))
+    assert alone.args.world_size == 1
+    one, two = weights(alone.model), torch.load(tmp_path / "weights", weights_only=True)
     for name, expected in one.items():
         torch.testing.assert_close(two[name], expected, atol=1e-5, rtol=1e-4)
