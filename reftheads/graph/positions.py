@@ -14,11 +14,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from reftheads._utils.lazy import cached
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Shaped
@@ -123,7 +125,7 @@ class Selection:
     columns: Int[Tensor, "batch slots"] | None = None
     valid: Bool[Tensor, "batch slots"] | None = None
 
-    @cached_property
+    @cached
     def _kept(self) -> Bool[Tensor, "batch slots 1"]:
         """Which slots hold a selected token, the same in every use."""
         valid = self.mask if self.columns is None else self.valid
@@ -317,24 +319,24 @@ class Positions:
         of = f" of {self.text}" if _capped(self._terms) else ""
         return tuple(Positions(term.text + of) for term in self._terms)
 
-    @cached_property
+    @cached
     def in_prompt(self) -> bool:
         """Whether only tokens of the prompt can be selected."""
         return bool(self._terms) and all(term.word in (None, "prompt") for term in self._terms)
 
-    @cached_property
+    @cached
     def begins_with_first(self) -> bool:
         """Whether the first token of every prompt is selected, for certain."""
         return any(
             term.word in ("all", "prompt") if term.word else not term.start and term.stop != 0 for term in self._active
         )
 
-    @cached_property
+    @cached
     def needs_prompt(self) -> bool:
         """Whether the rule means nothing until it is known where the prompt ends."""
         return bool(self._terms) and any(term.word != "all" for term in self._terms)
 
-    @cached_property
+    @cached
     def bound(self) -> int | None:
         """The most tokens that can be selected in a row; `None` if there is no limit."""
         bounds = [term.bound for term in self._active] if self._terms else [None]

@@ -7,7 +7,6 @@ https://arxiv.org/abs/2402.15179.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from reftheads._utils.lazy import cached
 from reftheads.graph.node import Context, Edit, Params, Shape, read_dtype
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class LowRank(Edit):
     def letters(self) -> dict[str, str]:  # type: ignore[override]
         return {"R": "M"} if self.orthonormal else {}
 
-    @cached_property
+    @cached
     def derives_from(self) -> tuple[str, ...]:  # type: ignore[override]
         return (("M", "W") if self._one_product else ("M",)) if self.orthonormal else ()
 
@@ -95,7 +95,7 @@ class LowRank(Edit):
         r = orthonormalise(p["M"])
         return {"R": r, "D": p["W"] - r.to(p["W"].dtype)} if self._one_product else {"R": r}
 
-    @cached_property
+    @cached
     def _one_product(self) -> bool:
         """Whether Wh − Rh can be had as Dh with D = W − R."""
         return self.reads and self.subtracts and self.act_fn is None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from reftheads._utils.lazy import cached
 from reftheads.architectures.addresses import StackInfo, arguments, stacks
 from reftheads.graph.node import Head
 from reftheads.reuse.fingerprint import Fingerprint
@@ -102,7 +102,7 @@ class Facts:
         kinds = (planned.node.intervention for plan in self.layer.plans.values() for planned in plan.nodes)
         return [kind for kind in kinds if isinstance(kind, Head)]
 
-    @cached_property
+    @cached
     def dtype(self) -> torch.dtype:
         """Of the first of the base model's floating-point weights."""
         return next((p.dtype for p in self.base.parameters() if p.is_floating_point()), torch.float32)

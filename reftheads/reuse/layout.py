@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from reftheads._utils.lazy import cached
 from reftheads.graph.positions import Positions
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Layout:
         real = steps < total - before
         return cls(start + torch.minimum(before + steps, total - 1).clamp(min=0), real, tuple(prefixes))
 
-    @cached_property
+    @cached
     def past(self) -> int:
         """Columns of the cache."""
         return max(self.prefixes)

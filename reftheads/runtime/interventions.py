@@ -14,7 +14,7 @@ edits. The module itself knows nothing of any call; see `scope`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -266,7 +266,12 @@ class Interventions(nn.Module, BaseTunerLayer):
         unknown = sorted(set(adapter_names or ()) - set(self.plans) - {"__base__"})
         if unknown:
             raise ValueError(f"unknown adapter {unknown[0]!r} in adapter_names: there are {', '.join(self.plans)}")
-        return entering(self, **({"adapter_names": tuple(adapter_names)} if adapter_names else {}))
+        names = tuple(adapter_names) if adapter_names else None
+        if (
+            scope_of(self).adapters is not None
+        ):  # a call of its own, made while generate runs: by a logits processor, say
+            return entering(self, adapters=None, generation=None, adapter_names=names)
+        return entering(self, adapter_names=names) if names else nullcontext()
 
     def silent(self) -> AbstractContextManager:
         """Within, no node acts."""
