@@ -261,7 +261,6 @@ class Positions:
     rule: Callable[[Tokens], Bool[Tensor, "batch chunk"]] | None = None
     _terms: tuple[_Term, ...] = field(init=False, repr=False, compare=False, default=())
     _part: str | None = field(init=False, repr=False, compare=False, default=None)  # the one term that is meant
-    _ids: dict[torch.device, Int[Tensor, " ids"]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.token_ids is not None or self.rule is not None:
@@ -359,10 +358,7 @@ class Positions:
         if self.token_ids is not None:
             if tokens.input_ids is None:
                 raise ValueError(f"positions {self.text!r} look at token ids, but the model was given embeddings only")
-            device = tokens.input_ids.device
-            if device not in self._ids:  # sent to the device once, since sending waits for it
-                self._ids[device] = torch.tensor(self.token_ids, device=device)
-            found = torch.isin(tokens.input_ids, self._ids[device])
+            found = torch.isin(tokens.input_ids, _on_device(self.token_ids, tokens.input_ids.device))
             return found if tokens.real is None else found & tokens.real
         half = _capped(self._terms)
         masks = [term.mask(tokens, half and (term.is_first or term.is_last)) for term in self._active]
@@ -404,3 +400,10 @@ def _capped(terms: Sequence[_Term]) -> bool:
 def _read(text: str) -> Positions:
     """One object for all nodes with the same rule, so that a pass resolves it once."""
     return Positions(text)
+
+
+@lru_cache(maxsize=1024)
+@torch.inference_mode(False)  # what is kept may be needed for a backward pass
+def _on_device(ids: tuple[int, ...], device: torch.device) -> Int[Tensor, " ids"]:
+    """Return token ids as a tensor that is sent to its device once, since sending waits for it."""
+    return torch.tensor(ids, device=device)
