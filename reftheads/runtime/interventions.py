@@ -183,11 +183,10 @@ class Interventions(nn.Module, BaseTunerLayer):
     def around_stack(self, stack: StackInfo, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a stack's `forward` with the nodes that act in it."""
         call = call_of(self)
-        if call is None or stack.path in call.runs:  # the stack alone is called
-            call = self.new_call(prompt_mask=kwargs.pop("prompt_mask", None))
-            with call:
-                return self._run(stack, call, forward, args, kwargs)
-        return self._run(stack, call, forward, args, kwargs)
+        if call is not None and stack.path not in call.runs:
+            return self._run(stack, call, forward, args, kwargs)
+        with self.new_call(prompt_mask=kwargs.pop("prompt_mask", None)) as alone:
+            return self._run(stack, alone, forward, args, kwargs)
 
     def _run(
         self, stack: StackInfo, call: Call, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
