@@ -37,7 +37,7 @@ class Eligibility:
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Of the base model's floating-point weights."""
+        """Return the types of the base model's floating-point weights."""
         return {weight.dtype for _, weight in self._weights() if weight.is_floating_point()}
 
     def _weights(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -107,7 +107,7 @@ class Eligibility:
 
     @cached
     def elements(self) -> int:
-        """How many elements the tuple has that a block returns; 0 for a tensor."""
+        """Return how many elements the tuple has that a block returns; 0 for a tensor."""
         return elements_given(self.facts)
 
 

@@ -50,7 +50,7 @@ class Around:
 
     @property
     def method(self) -> Callable[..., Any]:
-        """What is stood in for; looked up at each call, since sharding gives a module another class."""
+        """Return what is stood in for; looked up at each call, since sharding gives a module another class."""
         return self.before or partial(getattr(type(self.module), self.name), self.module)
 
     @property

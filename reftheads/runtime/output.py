@@ -32,7 +32,7 @@ class Reading:
 
     @property
     def shown(self) -> Float[Tensor, "batch *slots outputs"]:
-        """As users see it: without the dimension of slots where there is one slot only."""
+        """Return it as users see it: without the dimension of slots where there is one slot only."""
         value = self.reader.shown(self.value)
         if value is not self.value:
             value = value.masked_fill(~self.valid[..., None], 0)
@@ -85,7 +85,7 @@ def extend(
 
 
 def replaced(output: ModelOutput, **values: Any) -> ModelOutput:
-    """The same output with other values in some fields, also in those that `extend` knows."""
+    """Return the same output with other values in some fields, also in those that `extend` knows."""
     known = {f.name: getattr(output, f.name) for f in fields(output)}  # type: ignore[arg-type]
     cls = type(output) if values.keys() <= known.keys() else _extended(type(output))
     return cls(**known | values)
