@@ -1,20 +1,16 @@
 """InterventionModel: the PeftModel of a base model and a graph."""
 
-import glob
 import os
-import shutil
-import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel
 from torch import nn
 
-from reftheads.adapter.tuner import CHILD, WEIGHTS, InterventionConfig, InterventionTuner, has_file, refuse_pickle
+from reftheads.adapter import checkpoint
+from reftheads.adapter.config import InterventionConfig
+from reftheads.adapter.tuner import CHILD, InterventionTuner
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.node import NodeModule
 from reftheads.reuse.forecast import describe
@@ -22,26 +18,6 @@ from reftheads.reuse.replay import Replay
 from reftheads.reuse.store import ActivationStore
 from reftheads.runtime.generate import option, real_tokens
 from reftheads.runtime.plan import Plan
-
-_CARD = """<!-- reftheads -->
-## How to load
-
-PEFT knows this type of adapter once `reftheads` has been imported:
-
-```python
-import reftheads as rh
-
-model = rh.InterventionModel.from_pretrained(base, "path or Hub id of this adapter")
-```
-
-The intervention graph:
-
-```
-{graph}
-```
-<!-- /reftheads -->
-"""
-
 
 # arguments of `generate` by which it does not begin with the prompt's tokens and a cache that grows
 _OTHER_WAYS = frozenset(
@@ -225,36 +201,16 @@ class InterventionModel(PeftModel):
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle: adapters are saved as safetensors only")
-        for name in kwargs.get("selected_adapters") or self.peft_config:
-            if name in self.peft_config:
-                self.peft_config[name].to_dict()
-        target = Path(os.path.realpath(save_directory))
-        if target.is_file():
-            raise ValueError(f"{target} is a file: give a directory to save into")
         push = kwargs.pop("push_to_hub", False)
         hub = {name: kwargs.pop(name) for name in ("repo_id", "token", "private") if name in kwargs}
         kwargs.setdefault("save_embedding_layers", False)
         # the whole state is not needed, and bitsandbytes changes 4-bit weights that are asked for theirs
         if kwargs.get("state_dict") is None and not kwargs["save_embedding_layers"]:
             kwargs["state_dict"] = self.tuner.layer.state_dict(prefix=f"base_model.model.{CHILD}.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        place = target if target.is_dir() else target.parent  # on one file system with the target in any case
-        prefix = f".{target.name}.saving-"
-        _remove_abandoned(place, prefix)
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=place) as folder:
-            if (target / "README.md").exists():
-                shutil.copy(target / "README.md", folder)
-            super().save_pretrained(folder, **kwargs)
-            files = sorted((p for p in Path(folder).rglob("*") if p.is_file()), key=lambda p: p.name != WEIGHTS)
-            for file in files:
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
-            for file in files:
-                destination = target / file.relative_to(folder)
-                destination.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, destination)
+        checkpoint.write(self, save_directory, **kwargs)
         if push:
-            self.push_to_hub(hub.pop("repo_id", target.name), **hub, **kwargs)
+            name = os.path.basename(os.path.realpath(save_directory))
+            self.push_to_hub(hub.pop("repo_id", name), **hub, **kwargs)
 
     def push_to_hub(
         self,
@@ -273,31 +229,13 @@ class InterventionModel(PeftModel):
             repo_id: of the repository, which is made if there is none.
             kwargs: go to `save_pretrained`.
         """
-        api = huggingface_hub.HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as parent:
-            folder = Path(parent, "adapter")
-            if api.file_exists(repo_id, "README.md", revision=revision):
-                folder.mkdir()
-                shutil.copy(api.hf_hub_download(repo_id, "README.md", revision=revision), folder)
-            self.save_pretrained(folder, **kwargs)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-            )
+        options = {"token": token, "private": private, "revision": revision, "create_pr": create_pr}
+        return checkpoint.push(self, repo_id, **options, commit_message=commit_message, **kwargs)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """PEFT's card, with a section on how to load this adapter and its graph, written anew at every save."""
         super().create_or_update_model_card(output_dir)
-        path = Path(output_dir) / "README.md"
-        text = path.read_text(encoding="utf-8").rstrip() + "\n"
-        before, _, rest = text.partition("<!-- reftheads -->\n")
-        after = rest.partition("<!-- /reftheads -->\n")[2]
-        graphs = "\n\n".join(str(plan.graph) for plan in self.tuner.layer.plans.values())
-        path.write_text(f"{before.rstrip()}\n\n{_CARD.format(graph=graphs)}{after}", encoding="utf-8")
+        checkpoint.complete_card(output_dir, [plan.graph for plan in self.tuner.layer.plans.values()])
 
     @classmethod
     def from_pretrained(
@@ -322,7 +260,7 @@ class InterventionModel(PeftModel):
                 model of other widths. The base model is then as it was.
         """
         model_id = os.fspath(model_id)
-        config = config or _read_config(model_id, **kwargs)
+        config = config or InterventionConfig.from_pretrained(model_id, **kwargs)
         config.inference_mode = not is_trainable
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         loaded = cls(model, config, adapter_name)
@@ -343,39 +281,16 @@ class InterventionModel(PeftModel):
         Raises:
             ValueError: as in `from_pretrained`; an adapter that this call added is gone again.
         """
-        model_id = os.fspath(model_id)
-        new = adapter_name not in self.peft_config
+        model_id, new = os.fspath(model_id), adapter_name not in self.peft_config
         if new:
-            _read_config(model_id, **kwargs)
-        refuse_pickle(model_id, **kwargs)
-        if not has_file(model_id, WEIGHTS, **kwargs):
-            raise ValueError(f"{model_id} holds no {WEIGHTS}: give the directory or Hub id of a saved adapter")
+            InterventionConfig.from_pretrained(model_id, **kwargs)
         try:
-            return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
-        except Exception as error:
+            with checkpoint.reading_weights(model_id, **kwargs):
+                return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+        except Exception:
             if new and adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)
-            if type(error).__name__ == "SafetensorError":
-                raise ValueError(
-                    f"{os.path.join(model_id, WEIGHTS)} is truncated or damaged ({error}): save or copy it again"
-                ) from error
             raise
-
-
-def _remove_abandoned(place: Path, prefix: str) -> None:
-    """Removes what saves that were killed at least an hour ago have left."""
-    for folder in place.glob(f"{glob.escape(prefix)}*"):
-        if time.time() - folder.stat().st_mtime > 3600:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _read_config(model_id: str, **kwargs: Any) -> InterventionConfig:
-    config = InterventionConfig.from_pretrained(model_id, **kwargs)
-    if not isinstance(config, InterventionConfig):
-        raise ValueError(
-            f"{model_id} holds a {PeftType(config.peft_type).value} adapter, not an intervention graph: load it by peft"
-        )
-    return config
 
 
 def _config(graph: InterventionGraph | PeftConfig) -> Any:

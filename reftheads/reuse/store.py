@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 import uuid
 import zlib
@@ -16,14 +15,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reftheads._utils.atomic import remove_abandoned, replacing
+from reftheads._utils.memory import free_bytes
+
 FORMAT = "reftheads activations 1"
-_ABANDONED = 3600  # seconds after which what a killed process was writing is removed
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class ActivationStore:
             if given is not None and given < 0:
                 raise ValueError(f"{name}={given}: give a number of bytes >= 0, or None for half of what is free")
         self.hits = self.misses = self.evictions = self.recomputed = self.bytes = self.disk_bytes = 0
-        self.budget = psutil.virtual_memory().available // 2 if budget is None else budget
+        self.budget = free_bytes() // 2 if budget is None else budget
         self.folder = None if folder is None else Path(folder)
         self.disk_budget = disk_budget or 0
         self.device = None if device is None else torch.device(device)
@@ -180,10 +180,7 @@ class ActivationStore:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file: give a folder, or None to keep entries in memory only")
         folder.mkdir(parents=True, exist_ok=True)
-        for abandoned in folder.glob(".activations-*"):
-            with contextlib.suppress(OSError):  # another process may be removing it as well
-                if time.time() - abandoned.stat().st_mtime > _ABANDONED:
-                    shutil.rmtree(abandoned)
+        remove_abandoned(folder, ".activations-")
         for path in sorted(folder.glob("*.safetensors")):  # names begin with the time of writing: the newest last
             if not _is_ours(path):
                 continue
@@ -207,19 +204,16 @@ class ActivationStore:
             tensors |= copies
             checksums[key] = _checksum(copies)
         path = folder / f"activations-{time.time_ns():020d}-{uuid.uuid4().hex}.safetensors"
-        with tempfile.TemporaryDirectory(prefix=".activations-", dir=folder) as place:
-            temporary = Path(place) / path.name
+        with replacing(path) as temporary:
             try:
                 save_file(tensors, temporary, metadata={FORMAT: json.dumps(checksums)})
             except SafetensorError as error:
                 raise OSError(f"cannot write to {folder} ({error}): free some space there, or give another") from error
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
             size = temporary.stat().st_size
             if size > self.disk_budget:
+                temporary.unlink()
                 return
             self._make_room_on_disk(size)
-            os.replace(temporary, path)
         self._index(path, size, set(entries))
 
     def _read(self, key: str, path: Path) -> dict[str, Tensor] | None:
