@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from reftheads.adapter.checkpoint import CONFIG, refuse_pickle
+from reftheads.adapter.files import CONFIG, refuse_pickle
 from reftheads.graph.graph import InterventionGraph
 
 
@@ -31,7 +31,7 @@ REFTHEADS = _add_peft_type("REFTHEADS")
 
 @dataclass
 class InterventionConfig(PeftConfig):
-    """Hold a graph, and what every configuration of PEFT has: `peft.get_peft_model(base, InterventionConfig(graph=…))`.
+    """Configure an adapter: its graph, and what every configuration of PEFT has.
 
     Args:
         graph: what is done where; or what its `to_dict` gives.
@@ -44,7 +44,7 @@ class InterventionConfig(PeftConfig):
         >>> import peft
         >>> import reftheads as rh
         >>> base, tokenizer = rh.load_base("tiny-chat")
-        >>> config = rh.InterventionConfig(graph=rh.preset("lora8"))
+        >>> config = rh.InterventionConfig(graph=rh.InterventionGraph.over([2, 3], rh.LoReFT(rank=4)))
         >>> isinstance(peft.get_peft_model(base, config), peft.PeftModel)
         True
         ```

@@ -1,113 +1,18 @@
-"""A saved adapter: `adapter_config.json`, `adapter_model.safetensors` and a model card. Never a pickle.
-
-`write` and `push` are what `InterventionModel.save_pretrained` and `push_to_hub` do; the other functions say whether
-what is to be loaded can be.
-"""
+"""The files of a saved adapter: which there are, whether they may be read, and whether they fit."""
 
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from reftheads._utils.atomic import filling
-from reftheads.graph.graph import InterventionGraph
-
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PICKLE = "adapter_model.bin"
+PICKLE = "adapter_model.bin"  # which is never read
 CARD = "README.md"
-
-_BEGIN, _END = "<!-- reftheads -->\n", "<!-- /reftheads -->\n"
-_SECTION = """## How to load
-
-PEFT knows this type of adapter once `reftheads` has been imported:
-
-```python
-import reftheads as rh
-
-model = rh.InterventionModel.from_pretrained(base, "path or Hub id of this adapter")
-```
-
-The intervention graph:
-
-```
-{graph}
-```
-"""
-
-
-# --- saving -----------------------------------------------------------------------------------------------
-
-
-def write(model: PeftModel, directory: str | os.PathLike, **kwargs: Any) -> None:
-    """Write what PEFT writes of a model, as a whole: the weights first, and a card that is there is kept.
-
-    Args:
-        model: whose adapters are written.
-        directory: is made if there is none; other files in it are left alone.
-        kwargs: go to `PeftModel.save_pretrained`.
-
-    Raises:
-        ValueError: an adapter whose graph no file can hold, or a directory that is a file. Nothing is written then.
-    """
-    for name in kwargs.get("selected_adapters") or model.peft_config:
-        if name in model.peft_config:
-            model.peft_config[name].to_dict()
-    with filling(directory, first=(WEIGHTS,)) as folder:
-        card = Path(directory, CARD)
-        if card.exists():
-            shutil.copy(card, folder)
-        PeftModel.save_pretrained(model, str(folder), **kwargs)
-
-
-def push(
-    model: PeftModel,
-    repo_id: str,
-    *,
-    token: str | bool | None,
-    private: bool | None,
-    revision: str | None,
-    create_pr: bool,
-    commit_message: str,
-    **kwargs: Any,
-) -> huggingface_hub.CommitInfo:
-    """Upload what `model.save_pretrained(folder, **kwargs)` writes; a card that is on the Hub is kept and completed."""
-    api = huggingface_hub.HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent, "adapter")
-        if api.file_exists(repo_id, CARD, revision=revision):
-            folder.mkdir()
-            shutil.copy(api.hf_hub_download(repo_id, CARD, revision=revision), folder)
-        model.save_pretrained(str(folder), **kwargs)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-        )
-
-
-def complete_card(directory: str | os.PathLike, graphs: Iterable[InterventionGraph]) -> None:
-    """Add a section on how to load the adapter, with its graphs, to a model card; or write that section anew."""
-    path = Path(directory, CARD)
-    text = path.read_text(encoding="utf-8").rstrip() + "\n"
-    before, _, rest = text.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    section = _SECTION.format(graph="\n\n".join(map(str, graphs)))
-    path.write_text(f"{before.rstrip()}\n\n{_BEGIN}{section}{_END}{after}", encoding="utf-8")
-
-
-# --- loading ----------------------------------------------------------------------------------------------
 
 
 def has_file(model_id: str, name: str, subfolder: str | None = None, revision: str | None = None, **hub: Any) -> bool:

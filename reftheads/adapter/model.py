@@ -1,6 +1,5 @@
 """InterventionModel: the PeftModel of a base model and a graph."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,9 +7,8 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from reftheads.adapter import checkpoint
+from reftheads.adapter.checkpoint import SavablePeftModel
 from reftheads.adapter.config import InterventionConfig
-from reftheads.adapter.tuner import CHILD, InterventionTuner
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.node import NodeModule
 from reftheads.reuse.forecast import describe
@@ -31,8 +29,8 @@ _USUAL = {
 }  # fmt: skip
 
 
-class InterventionModel(PeftModel):
-    """A base model with an intervention graph: `InterventionModel(base, graph)`.
+class InterventionModel(SavablePeftModel):
+    """Wrap a base model with an intervention graph, as a `PeftModel`.
 
     The same as `peft.get_peft_model(base, InterventionConfig(graph=graph))`, with saving that is atomic
     and a few conveniences. The base model is changed in place: it gets hooks and one child module, and
@@ -41,11 +39,23 @@ class InterventionModel(PeftModel):
     Args:
         model: any transformers model, quantised or not.
         graph: what to do where; or an `InterventionConfig`.
-        adapter_name: under which name the parameters are kept.
+        adapter_name: the name under which the parameters are kept.
 
     Raises:
         ValueError: an address that the model does not have, and everything else that compiling finds.
             The base model is then as it was.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> edit = rh.Node(rh.LoReFT(rank=4), layer=3, positions="l1", name="emoji")
+        >>> model = rh.InterventionModel(base, rh.InterventionGraph(edit))
+        >>> model.node("emoji").R.shape
+        torch.Size([4, 192])
+        >>> model.print_trainable_parameters()
+        trainable params: ...
+        ```
     """
 
     def __init__(
@@ -114,22 +124,24 @@ class InterventionModel(PeftModel):
         finally:
             self._replay = before
 
-    @property
-    def tuner(self) -> InterventionTuner:
-        """The PEFT tuner between this wrapper and the base model."""
-        assert isinstance(self.base_model, InterventionTuner)
-        return self.base_model
-
     def node(self, name: str, adapter: str | None = None) -> NodeModule:
-        """The parameters of a node; see `InterventionTuner.node`."""
+        """Return the parameters of a node, by the paper's letters: `model.node("emoji").R`.
+
+        Args:
+            name: of the node.
+            adapter: the adapter whose node it is; the (first) active one if left out.
+
+        Raises:
+            KeyError: no such node or adapter.
+        """
         return self.tuner.node(name, adapter)
 
     def plan(self, adapter: str | None = None) -> Plan:
-        """The compiled graph of an adapter."""
+        """Return the compiled graph of an adapter; of the (first) active one if left out."""
         return self.tuner.plan(adapter)
 
     def summary(self, adapter: str | None = None) -> None:
-        """Prints a table, one line a node."""
+        """Print a table, one line per node: what it is, where, its width, positions and number of parameters."""
         self.tuner.summary(adapter)
 
     def plan_summary(self, batch: Mapping[str, Any] | None = None) -> None:
@@ -145,10 +157,22 @@ class InterventionModel(PeftModel):
         print(describe(Replay(self.get_base_model(), self.tuner.layer), [] if batch is None else [batch]))
 
     def add_adapter(self, adapter_name: str, peft_config: InterventionGraph | PeftConfig, **kwargs: Any) -> None:
-        """Adds a second graph, or a set of parameters of its own for the same one; `set_adapter` makes it act.
+        """Add a second graph, or a second set of parameters for the same one; `set_adapter` makes it act.
 
         Raises:
             ValueError: a name that is taken, or what compiling finds; the model is then as it was.
+
+        Example:
+            ```python
+            >>> import reftheads as rh
+            >>> base, tokenizer = rh.load_base("tiny-chat")
+            >>> graph = rh.InterventionGraph.over([2, 3], rh.LoReFT(rank=4))
+            >>> model = rh.InterventionModel(base, graph, adapter_name="formal")
+            >>> model.add_adapter("funny", graph)
+            >>> model.set_adapter("funny")
+            >>> model.active_adapters
+            ['funny']
+            ```
         """
         if adapter_name in self.peft_config:
             raise ValueError(
@@ -157,7 +181,7 @@ class InterventionModel(PeftModel):
         super().add_adapter(adapter_name, _config(peft_config), **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter and its parameters.
+        """Remove an adapter and its parameters.
 
         Raises:
             ValueError: an adapter that the model does not have, or the last one.
@@ -167,7 +191,7 @@ class InterventionModel(PeftModel):
         super().delete_adapter(adapter_name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Switches to an adapter, or to several that act together in the order given.
+        """Switch to an adapter, or to several that act together in the order given.
 
         Raises:
             ValueError: an adapter that the model does not have.
@@ -180,117 +204,6 @@ class InterventionModel(PeftModel):
             )
         self.active_adapter = names[0]
         self.tuner.set_adapter(names, inference_mode=inference_mode)
-
-    # --- saving and loading -------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs: Any
-    ) -> None:
-        """Writes `adapter_config.json`, `adapter_model.safetensors` and a model card.
-
-        All files are written to a temporary directory first, and moved into place when they are complete, the
-        weights first: a process that is killed while it saves the same graph again leaves the old weights or the
-        new ones.
-
-        Args:
-            kwargs: as for PEFT, such as `selected_adapters`; and `push_to_hub=True` with `repo_id`, `token`, `private`.
-
-        Raises:
-            ValueError: `safe_serialization=False`, which would write a pickle; positions given by a
-                function, which no file can hold.
-        """
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False would write a pickle: adapters are saved as safetensors only")
-        push = kwargs.pop("push_to_hub", False)
-        hub = {name: kwargs.pop(name) for name in ("repo_id", "token", "private") if name in kwargs}
-        kwargs.setdefault("save_embedding_layers", False)
-        # the whole state is not needed, and bitsandbytes changes 4-bit weights that are asked for theirs
-        if kwargs.get("state_dict") is None and not kwargs["save_embedding_layers"]:
-            kwargs["state_dict"] = self.tuner.layer.state_dict(prefix=f"base_model.model.{CHILD}.")
-        checkpoint.write(self, save_directory, **kwargs)
-        if push:
-            name = os.path.basename(os.path.realpath(save_directory))
-            self.push_to_hub(hub.pop("repo_id", name), **hub, **kwargs)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        token: str | bool | None = None,
-        private: bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str = "Upload adapter",
-        **kwargs: Any,
-    ) -> Any:
-        """Uploads what `save_pretrained` writes; a model card that is there already is kept and completed.
-
-        Args:
-            repo_id: of the repository, which is made if there is none.
-            kwargs: go to `save_pretrained`.
-        """
-        options = {"token": token, "private": private, "revision": revision, "create_pr": create_pr}
-        return checkpoint.push(self, repo_id, **options, commit_message=commit_message, **kwargs)
-
-    def create_or_update_model_card(self, output_dir: str) -> None:
-        """PEFT's card, with a section on how to load this adapter and its graph, written anew at every save."""
-        super().create_or_update_model_card(output_dir)
-        checkpoint.complete_card(output_dir, [plan.graph for plan in self.tuner.layer.plans.values()])
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | os.PathLike,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        **kwargs: Any,
-    ) -> "InterventionModel":
-        """Loads a saved adapter onto `model`.
-
-        Args:
-            model: the base model; a graph is compiled into it.
-            model_id: a directory, or the id of a Hub repository.
-            is_trainable: whether to go on training it.
-            kwargs: such as `revision` or `subfolder`.
-
-        Raises:
-            ValueError: a checkpoint that would need unpickling, is truncated or damaged, or belongs to a
-                model of other widths. The base model is then as it was.
-        """
-        model_id = os.fspath(model_id)
-        config = config or InterventionConfig.from_pretrained(model_id, **kwargs)
-        config.inference_mode = not is_trainable
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        loaded = cls(model, config, adapter_name)
-        try:
-            loaded.load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
-        except Exception:
-            loaded.tuner.unload()
-            for parameter in trained:
-                parameter.requires_grad = True
-            raise
-        return loaded
-
-    def load_adapter(
-        self, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool = False, **kwargs: Any
-    ) -> Any:
-        """Loads the weights of a saved adapter, adding it if there is none of that name.
-
-        Raises:
-            ValueError: as in `from_pretrained`; an adapter that this call added is gone again.
-        """
-        model_id, new = os.fspath(model_id), adapter_name not in self.peft_config
-        if new:
-            InterventionConfig.from_pretrained(model_id, **kwargs)
-        try:
-            with checkpoint.reading_weights(model_id, **kwargs):
-                return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
-        except Exception:
-            if new and adapter_name in self.peft_config:
-                self.delete_adapter(adapter_name)
-            raise
 
 
 def _config(graph: InterventionGraph | PeftConfig) -> Any:

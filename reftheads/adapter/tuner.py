@@ -1,4 +1,4 @@
-"""The tuner: PEFT's way to put the child module of a graph into a base model, and to take it out; registered with PEFT."""
+"""The tuner: how PEFT puts the child module of a graph into a base model, and takes it out."""
 
 import warnings
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from peft.utils import register_peft_method
 from rich.table import Table
 from torch import Tensor, nn
 
-from reftheads.adapter.checkpoint import check_weights
 from reftheads.adapter.config import InterventionConfig
+from reftheads.adapter.files import check_weights
 from reftheads.graph.graph import render
 from reftheads.graph.node import NodeModule, check_key
 from reftheads.runtime.generate import record_prompts
@@ -25,7 +25,21 @@ CHILD = "interventions"
 
 
 class InterventionTuner(BaseTuner):
-    """Add one child module, `interventions`, to the base model; none of its own is replaced."""
+    """Add one child module, `interventions`, to the base model; none of its own is replaced.
+
+    PEFT makes it, between an `InterventionModel` and the base model: `model.tuner`.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> model = rh.InterventionModel(base, rh.InterventionGraph.over([2, 3], rh.LoReFT(rank=4)))
+        >>> model.tuner.model is base, base.interventions is model.tuner.layer
+        (True, True)
+        >>> model.tuner.unload() is base
+        True
+        ```
+    """
 
     prefix = PREFIX
     tuner_layer_cls = Interventions

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from reftheads._utils.atomic import filling
-from reftheads.adapter.checkpoint import WEIGHTS
 from reftheads.adapter.config import InterventionConfig
+from reftheads.adapter.files import WEIGHTS
 from reftheads.adapter.model import InterventionModel
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.node import Node
