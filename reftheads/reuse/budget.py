@@ -19,12 +19,12 @@ def choose_store(
     seen_once: bool,
     device: torch.device,
 ) -> tuple[ActivationStore | None, str]:
-    """A store, or none, and why.
+    """Return a store, or none, and a sentence that says why.
 
     Args:
         wanted: as in `InterventionTrainer`.
         size: bytes that are to be kept of all rows; `None` where only running through them would show it.
-        folder: of files on disk.
+        folder: where files are written, if they are.
         seen_once: whether no row is seen for the second time.
         device: where the model is.
     """
@@ -44,7 +44,7 @@ def choose_store(
 
 
 def _in_memory(size: int, device: torch.device) -> ActivationStore:
-    """Where the model is, if half of what is free there suffices; else in main memory."""
+    """Return a store where the model is, if half of what is free there suffices; else in main memory."""
     if device.type == "cuda":
         budget = free_bytes(device) // 2
         if size <= budget:
