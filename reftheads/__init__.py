@@ -3,8 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from reftheads.adapter.config import InterventionConfig
 from reftheads.adapter.model import InterventionModel
-from reftheads.adapter.tuner import InterventionConfig
 from reftheads.data.rows import Collator, encode_chat, encode_pairs, encode_preferences, mix
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.node import Context, Edit, Head, Node, Reader, Shape

@@ -17,7 +17,7 @@ PACKAGE = Path(rh.__file__).parent
 # A package imports only from floors below its own. docs/architecture.md shows the same table.
 FLOORS = [
     {
-        "_utils": "small things that know nothing of models: atomic files, evaluation for a while",
+        "_utils": "small things that know nothing of models: atomic files, free memory, evaluation for a while",
         "loading": "a base model and its tokenizer",
     },
     {"graph": "what a user writes, plain data that knows no model: site, positions, node, graph"},

@@ -7,11 +7,9 @@ one layer whose rank is the sum of theirs, with every α/r folded into B.
 
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -24,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from reftheads.adapter.model import WEIGHTS, InterventionModel
-from reftheads.adapter.tuner import InterventionConfig
+from reftheads._utils.atomic import filling
+from reftheads.adapter.config import InterventionConfig
+from reftheads.adapter.files import WEIGHTS
+from reftheads.adapter.model import InterventionModel
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.node import Node
 from reftheads.interventions.lora import LoRA
@@ -63,13 +63,9 @@ def to_peft_lora(model: InterventionModel, directory: str | os.PathLike, adapter
     config = _config(model, layers, adapter)
     config.lora_dropout = dropouts.pop() or 0.0
     config.inference_mode = True
-    target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export.", dir=target) as folder:
-        config.save_pretrained(folder)
-        save_file(_state_dict(layers), os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
-        for name in (WEIGHTS, "adapter_config.json"):
-            os.replace(os.path.join(folder, name), target / name)
+    with filling(directory, first=(WEIGHTS,)) as folder:
+        config.save_pretrained(str(folder))
+        save_file(_state_dict(layers), folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def from_peft_lora(

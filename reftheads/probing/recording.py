@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from reftheads._utils.eval_mode import evaluating
+from reftheads._utils.memory import free_bytes
 from reftheads.adapter.model import InterventionModel
 from reftheads.architectures.addresses import arguments
 from reftheads.data.rows import prompt_mask
@@ -155,9 +155,7 @@ def _check_memory(
         bound = 1 if pool else p.node.positions.bound
         items = int((lengths if bound is None else lengths.clamp(max=bound)).sum())
         needed += items * address.width * (4 if dtype is None else dtype.itemsize)
-    free = psutil.virtual_memory().available
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
+    free = free_bytes(model.device)
     if needed > free / 2:
         raise ValueError(
             f"what {len(planned)} probes see of {len(rows)} rows takes up to {needed / 2**30:.3g} GiB, and "

@@ -172,9 +172,8 @@ class Interventions(nn.Module, BaseTunerLayer):
             labels = _named(self._argument_names[None], args).get("labels")
         run = kwargs.pop(RUN, None)
         call = self.new_call(labels=labels, prompt_mask=targets.pop("prompt_mask", None), targets=targets)
-        if run is not None:
-            call.handed[run.stack] = run
         with call:
+            call.handed |= {} if run is None else {run.stack: run}
             output = forward(*args, **kwargs)
         return extend(output, by_name(call.readings), call.targets, call.labels) if call.readings else output
 

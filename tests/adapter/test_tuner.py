@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support.models import WIDTH, random_ids, randomise, tiny_gpt2, tiny_llama, tiny_t5
 
 import reftheads as rh
-from reftheads.adapter.tuner import _add_peft_type
+from reftheads.adapter.config import _add_peft_type
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft and transformers warn of each other's deprecations
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -470,7 +471,7 @@ def test_more_than_half_of_the_free_memory_is_refused_before_the_model_runs(monk
 
     model = model_of(*nodes(HEAD, [1]))
     rh.fit_probes(model, rows_of(label=is_last_big), TOKENIZER, **QUICK)
-    monkeypatch.setattr(recording.psutil, "virtual_memory", Free)
+    monkeypatch.setattr(psutil, "virtual_memory", Free)
     model.get_base_model().model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("the model has run"))
     with pytest.raises(ValueError, match="of which half may be used"):
         rh.fit_probes(model, rows_of(label=is_last_big), TOKENIZER, **QUICK)
