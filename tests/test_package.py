@@ -186,9 +186,8 @@ def test_importing_the_package_loads_no_heavy_one():
 def test_no_test_file_imports_another():
     names = {path.stem for path in TESTS.rglob("test_*.py")} | {"conftest"}
     for path in TESTS.rglob("*.py"):
-        lines = re.findall(
-            r"^\s*(?:import|from) .*$", path.read_text(encoding="utf-8"), re.M
-        )  # also in programs as text
+        text = path.read_text(encoding="utf-8")
+        lines = re.findall(r"^\s*(?:import|from) .*$", text, re.M)  # also of programs in strings
         for line in lines:
             assert not names & set(re.findall(r"\w+", line)), f"{path}: {line}: what is shared lies in tests/support"
 
