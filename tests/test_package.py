@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.paths import ROOT
+from support.paths import ROOT, TESTS
 
 import reftheads as rh
 
@@ -178,3 +178,29 @@ def test_importing_the_package_loads_no_heavy_one():
         "transformer_heads",
     }
     assert not {name.split(".")[0] for name in new} & heavy
+
+
+# --- the tests --------------------------------------------------------------------------------------------
+
+
+def test_no_test_file_imports_another():
+    names = {path.stem for path in TESTS.rglob("test_*.py")} | {"conftest"}
+    for path in TESTS.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        lines = re.findall(r"^\s*(?:import|from) .*$", text, re.M)  # also of programs in strings
+        for line in lines:
+            assert not names & set(re.findall(r"\w+", line)), f"{path}: {line}: what is shared lies in tests/support"
+
+
+def test_what_tests_share_says_what_it_is():
+    for path in (TESTS / "support").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), path
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+def test_tests_lie_in_folders_that_are_named_as_the_packages_are():
+    folders = {path.name for path in TESTS.iterdir() if path.is_dir() and any(path.rglob("test_*.py"))}
+    assert folders <= {path.parent.name for path in PACKAGE.rglob("__init__.py")} - {PACKAGE.name}

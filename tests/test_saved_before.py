@@ -1,20 +1,17 @@
 """What was saved before the modules became packages loads after it: adapter, checkpoint, store, study."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fixtures.saved_before_the_move import make
 from safetensors.torch import load_file
 
 import reftheads as rh
 from reftheads.fewshot import Study
 
 SAVED = Path(__file__).parent / "fixtures" / "saved_before_the_move"
-sys.path.append(str(SAVED))
-import make  # noqa: E402
-
 ANSWERS = load_file(SAVED / "answers.safetensors")
 
 

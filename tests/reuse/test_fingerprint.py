@@ -26,6 +26,7 @@ def test_the_same_weights_have_the_same_fingerprint_wherever_they_lie():
     assert of(base) != of(tiny_gpt2())
 
 
+@pytest.mark.slow
 def test_another_process_has_the_same_fingerprint(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     script = f"""

@@ -425,6 +425,7 @@ def test_a_disk_that_is_full_is_an_oserror_that_leaves_no_file(tmp_path, monkeyp
     assert "b" not in store and value(store, "a") == 10 and len(os.listdir(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_a_process_killed_during_put_leaves_nothing_that_is_served_half(tmp_path):
     script = """
 import sys, torch
