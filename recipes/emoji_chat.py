@@ -18,7 +18,6 @@ from _common import Watch, begin, command_line, progress, read_topics, trainable
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import set_seed
 
 import reftheads as rh
 
@@ -36,7 +35,7 @@ def main(
     figures: dict[str, dict[str, float]] = {}
     # The chosen positions first; beside them the paper's last token, and every token of the prompt.
     for place in dict.fromkeys([positions, "l1", "prompt"]):
-        set_seed(seed)
+        begin(seed=seed)
         base, tokenizer = rh.load_base(model)
         node = rh.Node(rh.LoReFT(rank=rank), layer=layer_of(base, layer), positions=place, name="emoji")
         tuned = rh.InterventionModel(base, rh.InterventionGraph(node))

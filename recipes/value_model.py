@@ -77,7 +77,7 @@ def main(
 
     judge = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(C=10))
     accuracy = float(judge.fit(*zip(*samples, strict=True)).score(*zip(*held_out, strict=True)))
-    picked = [pick(beginning, some, judge) for beginning, some in tried]
+    picked = [pick(beginning, texts, judge) for beginning, texts in tried]
     console = Console()
     console.print(table_of_values(f"{model}, {graph}: values of held-out sentences", values))
     title = f"the best of {n} and one at random, {len(picked)} beginnings, after {words} words"

@@ -355,11 +355,11 @@ def plain_operations(base: LlamaForCausalLM, cut: int, ids: Tensor) -> tuple[flo
 
     Padding and masked attention count, since they are computed as well.
     """
-    block, seen, logits = operations(base)
+    block, attended, logits = operations(base)
     rows, columns = ids.shape
     layers = base.config.num_hidden_layers
-    forward = layers * (block + columns * seen) + logits
-    backward = (layers - cut) * (block + 2 * columns * seen) + logits
+    forward = layers * (block + columns * attended) + logits
+    backward = (layers - cut) * (block + 2 * columns * attended) + logits
     return rows * columns * forward, rows * columns * backward
 
 
@@ -375,12 +375,12 @@ def cone_operations(base: LlamaForCausalLM, cut: int, spans: list[range], answer
     gradient with respect to activations costs as much again, and in attention also that of the span's keys and values.
     Logits and their gradient are computed where there is a label.
     """
-    block, seen, logits = operations(base)
+    block, attended, logits = operations(base)
     total = 0.0
     for span in spans:
-        pairs, own = sum(token + 1 for token in span), len(span) * (len(span) + 1) / 2
-        forward = len(span) * block + pairs * seen
-        total += (base.config.num_hidden_layers - cut) * (2 * forward + own * seen) + 2 * answer * logits
+        pairs, within = sum(token + 1 for token in span), len(span) * (len(span) + 1) / 2
+        forward = len(span) * block + pairs * attended
+        total += (base.config.num_hidden_layers - cut) * (2 * forward + within * attended) + 2 * answer * logits
     return total
 
 
