@@ -52,8 +52,7 @@ def side_by_side(args: argparse.Namespace, task: fs.Task, model: str, mode: str,
         given = ft.arguments(args, folder, rows, rates[0], seed=0)
         given.max_steps = steps or given.max_steps
         trials = rh.sweep(
-            base, graph, given, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
-            learning_rates=rates, callbacks=[clock],
+            base, tokenizer, rows, graph, given, eval_rows=held_out, learning_rates=rates, callbacks=[clock]
         )[1]  # fmt: skip
     return {trial.learning_rate: trial.eval_loss for trial in trials}, clock.seconds
 

@@ -109,11 +109,11 @@ def train_rank(
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):  # a Trainer prints what it logs
         model, trials = rh.sweep(
             base,
+            tokenizer,
+            encode(tokenizer, data.demonstrations),
             graph_for(args, base, rank),
             arguments(args, folder, args.rates[0]),
-            train_dataset=encode(tokenizer, data.demonstrations),
-            eval_dataset=encode(tokenizer, data.held_out),
-            processing_class=tokenizer,
+            eval_rows=encode(tokenizer, data.held_out),
             learning_rates=args.rates,
             seeds=args.seeds,
             reuse=store,

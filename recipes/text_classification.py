@@ -150,7 +150,7 @@ def graph_for(args: argparse.Namespace, method: str, base, classes: int) -> rh.I
     elif method == "loreft":
         layers = range(base.config.num_hidden_layers)
         loreft = rh.LoReFT(args.rank, init=args.init)
-        below = rh.InterventionGraph.over(layers, loreft, args.positions, name="edit").nodes
+        below = rh.InterventionGraph.over(loreft, layers, args.positions, name="edit").nodes
     else:
         below = ()
     return rh.InterventionGraph(*below, rh.Node(head, name="class", **where))

@@ -117,8 +117,8 @@ def main() -> None:
     model = rh.InterventionModel(base, rh.InterventionGraph(*nodes(args, base, len(classes))))
     found = rh.fit_probes(
         model,
-        encode(train, tokenizer, classes, args),
         tokenizer,
+        encode(train, tokenizer, classes, args),
         eval_rows=None if test is None else encode(test, tokenizer, classes, args),
         control=args.control,
         seeds=args.seeds,

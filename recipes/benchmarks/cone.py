@@ -220,7 +220,7 @@ def llama(args: argparse.Namespace) -> LlamaForCausalLM:
 def language_model(shape: Shape, base: LlamaForCausalLM, args: argparse.Namespace) -> Case:
     batch, prompts = rows_of(shape, args)
     layers = shape.edited(args.layers)
-    graph = rh.InterventionGraph.over(layers, rh.LoReFT(rank=RANK), shape.positions, name="n")
+    graph = rh.InterventionGraph.over(rh.LoReFT(rank=RANK), layers, shape.positions, name="n")
     ours = rh.InterventionModel(sharing(base), graph)
     losses = with_reftheads(ours, batch)
     columns = [shape.columns(prompt) for prompt in prompts]

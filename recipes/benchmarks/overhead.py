@@ -133,7 +133,7 @@ def cost_of_a_node(layers: int = 32, width: int = 256, rank: int = 4, tokens: in
     """
     base = llama(layers, width)
     ours = rh.InterventionModel(
-        copy.deepcopy(base), rh.InterventionGraph.over(range(layers), rh.LoReFT(rank), positions="l1")
+        copy.deepcopy(base), rh.InterventionGraph.over(rh.LoReFT(rank), range(layers), positions="l1")
     ).eval()
     hooked = with_bare_hooks(copy.deepcopy(base), rank)
     pyreft = with_pyreft(copy.deepcopy(base), rank, tokens)
@@ -161,7 +161,7 @@ def generation_speed(layers: int = 8, width: int = 256, new_tokens: int = 64, re
     Target: at least 0.98×.
     """
     base = llama(layers, width)
-    graph = rh.InterventionGraph.over(range(layers), rh.LoReFT(rank=4), positions="f1+l1")
+    graph = rh.InterventionGraph.over(rh.LoReFT(rank=4), range(layers), positions="f1+l1")
     ours = rh.InterventionModel(copy.deepcopy(base), graph).eval()
     ids = torch.randint(0, 1000, (4, 32))
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}

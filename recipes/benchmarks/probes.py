@@ -140,7 +140,7 @@ def early_stop(rows: list[dict], kind: str) -> Callable[[], None]:
 
 def fit(model: rh.InterventionModel, rows: list[dict], epochs: int, batch: int) -> rh.Probes:
     return rh.fit_probes(
-        model, rows, Padding(), eval_rows=rows[:ROWS], validation=0, seeds=(0,), epochs=epochs, batch_size=batch,  # type: ignore[arg-type]
+        model, Padding(), rows, eval_rows=rows[:ROWS], validation=0, seeds=(0,), epochs=epochs, batch_size=batch,  # type: ignore[arg-type]
         recording_batch_size=ROWS,
     )  # fmt: skip
 

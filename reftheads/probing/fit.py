@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from reftheads._utils.deprecation import reordered
 from reftheads.adapter.model import InterventionModel
 from reftheads.inference.prediction import tracked
 from reftheads.interventions.heads import LinearHead, MappingHead
@@ -22,10 +23,11 @@ from reftheads.reuse.store import ActivationStore
 from reftheads.runtime.plan import PlannedNode
 
 
+@reordered("model", "rows", "tokenizer", tokenizer=PreTrainedTokenizerBase)
 def fit_probes(
     model: InterventionModel,
-    rows: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
     *,
     eval_rows: Sequence[Mapping[str, Any]] | None = None,
     held_out: float = 0.2,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from reftheads._utils.deprecation import renamed, reordered
 from reftheads.adapter.model import InterventionModel
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.node import Head
@@ -35,14 +36,16 @@ class Trial:
     eval_loss: float | None = None
 
 
+@reordered("base", "graph", "args", graph=InterventionGraph)
+@renamed(train_dataset="rows", eval_dataset="eval_rows", processing_class="tokenizer")
 def sweep(
     base: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    rows: Any,
     graph: InterventionGraph,
     args: TrainingArguments,
     *,
-    train_dataset: Any,
-    eval_dataset: Any = None,
-    processing_class: PreTrainedTokenizerBase | None = None,
+    eval_rows: Any = None,
     learning_rates: Sequence[float] = (),
     seeds: Sequence[int] = (0,),
     **kwargs: Any,
@@ -60,8 +63,11 @@ def sweep(
 
     Args:
         base: the base model; the graph is compiled into it once for every trial.
+        tokenizer: as the trainer's `processing_class`; `None` where `data_collator` makes the batches.
+        rows: what is learnt, as the trainer's `train_dataset`.
+        graph: what every trial trains.
         args: as for `InterventionTrainer`, with the order of the data by its seed.
-        train_dataset, eval_dataset, processing_class: as for `InterventionTrainer`.
+        eval_rows: by which the trials are compared, as the trainer's `eval_dataset`.
         learning_rates: left out, `args.learning_rate` alone.
         seeds: from which the parameters are made.
         kwargs: go to `InterventionTrainer`, such as `reuse`: an `ActivationStore` serves several sweeps.
@@ -87,14 +93,12 @@ def sweep(
         else:
             model.add_adapter(trial.adapter, graph)
     assert model is not None
-    trainer = _SweepTrainer(
-        model, args, trials, train_dataset=train_dataset, processing_class=processing_class, **kwargs
-    )
+    trainer = _SweepTrainer(model, args, trials, train_dataset=rows, processing_class=tokenizer, **kwargs)
     trainer.train()
     trainer.note_losses()
-    for trial in trials if eval_dataset is not None else ():
+    for trial in trials if eval_rows is not None else ():
         model.set_adapter(trial.adapter)
-        trial.eval_loss = trainer.evaluate(eval_dataset)["eval_loss"]
+        trial.eval_loss = trainer.evaluate(eval_rows)["eval_loss"]
     best = min(trials, key=lambda trial: trial.losses[-1] if trial.eval_loss is None else trial.eval_loss)
     model.set_adapter(best.adapter)
     return model, trials

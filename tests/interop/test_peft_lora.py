@@ -29,8 +29,8 @@ def tiny_phi3() -> tf.Phi3ForCausalLM:
 GRAPHS = {
     "llama, one rank": (
         tiny_llama,
-        rh.InterventionGraph.over(range(3), rh.LoRA(rank=2, alpha=4), component="query_output")
-        + rh.InterventionGraph.over(range(3), rh.LoRA(rank=2, alpha=4), component="value_output"),
+        rh.InterventionGraph.over(rh.LoRA(rank=2, alpha=4), range(3), component="query_output")
+        + rh.InterventionGraph.over(rh.LoRA(rank=2, alpha=4), range(3), component="value_output"),
     ),
     "llama, mixed ranks, a path and one head": (
         tiny_llama,
@@ -44,7 +44,7 @@ GRAPHS = {
     ),
     "llama, shared": (
         tiny_llama,
-        rh.InterventionGraph.over(range(3), rh.LoRA(rank=2, alpha=4), component="query_output", share="one"),
+        rh.InterventionGraph.over(rh.LoRA(rank=2, alpha=4), range(3), component="query_output", share="one"),
     ),
     "gpt2, fused columns": (
         tiny_gpt2,
@@ -129,7 +129,7 @@ def test_merged_weights_do_what_the_nodes_did(name, double, tolerance):
 def test_any_adapter_can_be_written_or_merged_by_its_name(tmp_path):
     ids = random_ids()
     model = trained("llama, one rank")
-    second = rh.InterventionGraph.over(range(3), rh.LoRA(rank=3), component="mlp_output")
+    second = rh.InterventionGraph.over(rh.LoRA(rank=3), range(3), component="mlp_output")
     model.add_adapter("second", second)
     model.set_adapter("second")
     model.double().eval()

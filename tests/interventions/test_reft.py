@@ -152,7 +152,7 @@ def test_init_identity_changes_nothing(kind):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_init_identity_changes_nothing_when_many_nodes_are_derived_together(dtype):
-    graph = rh.InterventionGraph.over(range(3), rh.LoReFT(rank=4, init="identity", dtype=dtype))
+    graph = rh.InterventionGraph.over(rh.LoReFT(rank=4, init="identity", dtype=dtype), range(3))
     model = rh.InterventionModel(tiny_llama().to(getattr(torch, dtype)), graph).eval()
     ids = random_ids()
     edited = model(ids).logits
@@ -265,7 +265,7 @@ def test_nodes_that_share_use_one_module_whose_gradient_is_the_sum():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_prefix_and_suffix_use_one_set_of_parameters_if_tied_and_two_if_not(tied):
-    graph = rh.InterventionGraph.over([LAYER], rh.LoReFT(rank=2), positions="f2+l3", tied=tied, name="n")
+    graph = rh.InterventionGraph.over(rh.LoReFT(rank=2), [LAYER], positions="f2+l3", tied=tied, name="n")
     assert len(graph) == (1 if tied else 2)
     model = rh.InterventionModel(tiny_llama(), graph).double().eval()
     randomise(model)
@@ -463,7 +463,7 @@ def test_edits_are_those_of_the_interventions_of_pyreft(intervention):
 def test_a_whole_forward_pass_is_that_of_pyreft(kind):
     pyreft = pytest.importorskip("pyreft")
     layers, columns = (0, 2), [0, 1, 5, 6]
-    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph.over(layers, kind(rank=3), "f2+l2", name="n"))
+    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph.over(kind(rank=3), layers, "f2+l2", name="n"))
     model.double().eval()
     randomise(model)
     twins = [pyreft_twin(kind(rank=3), model.node(f"n_{layer}").stored()) for layer in layers]

@@ -26,7 +26,7 @@ def llama() -> tf.LlamaForCausalLM:
 
 
 def graph(positions: Any, *layers: int, component: str = "block_output") -> rh.InterventionGraph:
-    return rh.InterventionGraph.over(layers, rh.LoReFT(rank=2), positions=positions, component=component)
+    return rh.InterventionGraph.over(rh.LoReFT(rank=2), layers, positions=positions, component=component)
 
 
 GRAPHS = {

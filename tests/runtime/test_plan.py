@@ -39,7 +39,7 @@ def test_a_plan_says_module_side_and_width_of_every_node():
 def test_compiling_changes_nothing():
     model = tiny_llama()
     names, state = [n for n, _ in model.named_modules()], set(vars(model))
-    rh.compile_graph(rh.InterventionGraph.over(range(3), rh.LoReFT(rank=2)), model)
+    rh.compile_graph(rh.InterventionGraph.over(rh.LoReFT(rank=2), range(3)), model)
     assert [n for n, _ in model.named_modules()] == names and set(vars(model)) == state
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
@@ -144,7 +144,7 @@ def test_lora_acts_on_the_columns_of_a_fused_projection():
 
 
 def test_nodes_of_one_width_share_one_set_of_parameters():
-    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph.over(range(3), rh.LoReFT(rank=2), share="all"))
+    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph.over(rh.LoReFT(rank=2), range(3), share="all"))
     assert len({id(model.node(f"loreft_{i}")) for i in range(3)}) == 1
     assert model.get_nb_trainable_parameters()[0] == 2 * WIDTH * 2 + 2
 

@@ -22,7 +22,7 @@ RATES, SEEDS = (2e-2, 3e-3), (0, 1)
 
 
 def edits(rank: int = 2, dtype: str = "float32", **options: Any) -> rh.InterventionGraph:
-    return rh.InterventionGraph.over([1, 2], rh.LoReFT(rank=rank, dtype=dtype, **options), positions="l2")
+    return rh.InterventionGraph.over(rh.LoReFT(rank=rank, dtype=dtype, **options), [1, 2], positions="l2")
 
 
 def head(
@@ -65,15 +65,15 @@ class Setting:
     base: Callable[[], Any] = llama
 
     def sweep(self, rates: Sequence[float] = RATES, seeds: Sequence[int] = SEEDS, **options: Any):
-        more = {name: options.pop(name) for name in ("base", "reuse", "eval_dataset") if name in options}
+        more = {name: options.pop(name) for name in ("base", "reuse", "eval_rows") if name in options}
         args = arguments(self.folder / "sweep", **{"logging_steps": 2} | options)
-        given = {"train_dataset": self.rows, "processing_class": self.tokenizer, "reuse": "memory"} | more
-        base = given.pop("base", None) or self.base().to(self.dtype)
-        return rh.sweep(base, self.graph, args, learning_rates=rates, seeds=seeds, **given)
+        base = more.pop("base", None) or self.base().to(self.dtype)
+        more = {"learning_rates": rates, "seeds": seeds, "reuse": "memory"} | more
+        return rh.sweep(base, self.tokenizer, self.rows, self.graph, args, **more)
 
     def alone(self, trial: rh.Trial, **options: Any) -> rh.InterventionTrainer:
         """The run that a trial stands for, on the plain path."""
-        more = {name: options.pop(name) for name in ("eval_dataset",) if name in options}
+        more = {"eval_dataset": options.pop("eval_rows")} if "eval_rows" in options else {}
         base = self.base().to(self.dtype)
         torch.manual_seed(trial.seed)
         model = rh.InterventionModel(base, self.graph)
@@ -241,7 +241,7 @@ def test_trials_that_take_turns_are_runs_of_their_own(setting, monkeypatch, why)
         options["label_smoothing_factor"] = 0.1
     if why == "a loss of the model's own":
         setting.base, setting.rows = t5, encoder_rows(setting.rows)
-        setting.graph = rh.InterventionGraph.over([1, 2], rh.LoReFT(rank=2, dtype="float64"), "f1+l1", stack="encoder")
+        setting.graph = rh.InterventionGraph.over(rh.LoReFT(rank=2, dtype="float64"), [1, 2], "f1+l1", stack="encoder")
     if why != "reuse is off":
         setting.check(1e-9, **options)
         return
@@ -259,12 +259,12 @@ def test_a_sweep_without_seeds_is_an_error(setting):
 
 def test_trials_come_by_rate_and_by_seed_and_the_best_one_is_active(setting, tokenizer):
     evaluated = without(rows_of(tokenizer, 5, seed=1), "label")
-    model, trials = setting.sweep(eval_dataset=evaluated)
+    model, trials = setting.sweep(eval_rows=evaluated)
     assert [(t.adapter, t.learning_rate, t.seed) for t in trials] == [
         ("trial_0", RATES[0], 0), ("trial_1", RATES[0], 1), ("trial_2", RATES[1], 0), ("trial_3", RATES[1], 1)
     ]  # fmt: skip
     for trial in trials:
-        run = setting.alone(trial, eval_dataset=evaluated)
+        run = setting.alone(trial, eval_rows=evaluated)
         assert trial.eval_loss == pytest.approx(run.evaluate()["eval_loss"], rel=1e-9)
     best = min(trials, key=lambda trial: trial.eval_loss or 0)
     assert model.active_adapter == best.adapter
@@ -510,10 +510,8 @@ def test_a_node_keeps_its_own_learning_rate_in_every_trial(tokenizer, tmp_path):
     still = rh.Node(rh.LinearHead(2, target="label", lr=0.0), 1, positions="l1", name="still")
     graph = rh.InterventionGraph(rh.Node(rh.LoReFT(rank=2), 1, name="edit"), still)
     args = arguments(tmp_path, max_steps=2)
-    model, _ = rh.sweep(
-        tiny_llama(vocab_size=len(tokenizer)), graph, args, train_dataset=rows, processing_class=tokenizer,
-        learning_rates=(1e-2, 1e-1),
-    )  # fmt: skip
+    base = tiny_llama(vocab_size=len(tokenizer))
+    model, _ = rh.sweep(base, tokenizer, rows, graph, args, learning_rates=(1e-2, 1e-1))
     base = tiny_llama(vocab_size=len(tokenizer))
     torch.manual_seed(0)
     begun = rh.InterventionModel(base, graph)

@@ -1,0 +1,118 @@
+"""What was written otherwise before 0.1.0 still works, and warns at the caller's line of the form that is right now."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from support.models import tiny_llama
+from support.training import arguments
+
+import reftheads as rh
+from reftheads._utils.deprecation import renamed, reordered
+
+LOREFT = rh.LoReFT(rank=2)
+GRAPH = rh.InterventionGraph(rh.Node(LOREFT, layer=1, positions="l1", name="edit"))
+
+
+@contextmanager
+def warned(*messages: str) -> Iterator[None]:
+    """Within, these warnings are given and no others, each at a line of this file."""
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        yield
+    old = [warning for warning in record if warning.category is DeprecationWarning]
+    assert [str(warning.message) for warning in old] == list(messages)
+    assert {warning.filename for warning in old} <= {__file__}
+
+
+# --- the order of arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        lambda: rh.InterventionGraph.over([0, 2], LOREFT, "l1", tied=False),
+        lambda: rh.InterventionGraph.over([0, 2], LOREFT, positions="l1", tied=False),
+        lambda: rh.InterventionGraph.over([0, 2], intervention=LOREFT, positions="l1", tied=False),
+    ],
+)
+def test_over_took_layers_first(old: Callable[[], Any]):
+    message = (
+        "InterventionGraph.over(layers, intervention, positions) is deprecated: use "
+        "InterventionGraph.over(intervention, layers, positions)"
+    )
+    with warned(message):
+        graph = old()
+    with warned():
+        assert graph == rh.InterventionGraph.over(LOREFT, [0, 2], "l1", tied=False)
+        assert graph == rh.InterventionGraph.over(LOREFT, layers=[0, 2], positions="l1", tied=False)
+        assert graph == rh.InterventionGraph.over(layers=[0, 2], intervention=LOREFT, positions="l1", tied=False)
+
+
+def test_what_is_wrong_in_either_order_is_said_of_the_order_of_today():
+    with warned(), pytest.raises(ValueError, match="add parentheses to make one"):
+        rh.InterventionGraph.over(rh.LoReFT, range(2))
+
+
+def test_fit_probes_took_rows_first(tokenizer):
+    base = tiny_llama(vocab_size=len(tokenizer))
+    rows = [{**tokenizer(text), "label": i % 2} for i, text in enumerate(["a b", "c", "d e", "f", "g h", "x"] * 4)]
+    node = rh.Node(rh.LinearHead(2, target="label"), layer=1, positions="l1", name="probe")
+    model = rh.InterventionModel(base, rh.InterventionGraph(node))
+    options = {"seeds": (0,), "epochs": 2}
+    message = "fit_probes(model, rows, tokenizer) is deprecated: use fit_probes(model, tokenizer, rows)"
+    with warned(message):
+        found = rh.fit_probes(model, rows, tokenizer, **options)
+    with warned(message):
+        assert rh.fit_probes(model, rows, tokenizer=tokenizer, **options).probes == found.probes
+    with warned():
+        assert rh.fit_probes(model, tokenizer, rows, **options).probes == found.probes
+        assert rh.fit_probes(model, tokenizer, rows=rows, **options).probes == found.probes
+        assert rh.fit_probes(model, tokenizer=tokenizer, rows=rows, **options).probes == found.probes
+
+
+def test_sweep_took_the_names_of_the_trainer_and_the_graph_first(tokenizer, tmp_path):
+    rows = rh.encode_pairs(tokenizer, ["a b c", "d", "e f", "g h"], ["b", "d e", "f", "x"])
+    args = arguments(tmp_path, max_steps=2, logging_steps=1)
+
+    def base() -> Any:
+        return tiny_llama(vocab_size=len(tokenizer))
+
+    order = "sweep(base, graph, args) is deprecated: use sweep(base, tokenizer, rows, graph, args)"
+    names = [
+        f"{old}=… of sweep is deprecated: use {new}=…"
+        for old, new in (("train_dataset", "rows"), ("eval_dataset", "eval_rows"), ("processing_class", "tokenizer"))
+    ]
+    old = {"train_dataset": rows, "eval_dataset": rows, "processing_class": tokenizer}
+    with warned():
+        trials = rh.sweep(base(), tokenizer, rows, GRAPH, args, eval_rows=rows)[1]
+        assert rh.sweep(base(), tokenizer, rows, graph=GRAPH, args=args, eval_rows=rows)[1] == trials
+    with warned(order, *names):
+        assert rh.sweep(base(), GRAPH, args, **old)[1] == trials
+    with warned(order, *names):
+        assert rh.sweep(base(), GRAPH, args=args, **old)[1] == trials
+    with warned(*names):
+        assert rh.sweep(base(), graph=GRAPH, args=args, **old)[1] == trials
+
+
+# --- the helpers ----------------------------------------------------------------------------------------------
+
+
+@reordered("b", "a", a=str)
+@renamed(old="new")
+def example(a: str, b: int = 0, *, new: int = 0) -> tuple[str, int, int]:
+    """What it does."""
+    return a, b, new
+
+
+def test_a_wrapped_function_is_what_it_was():
+    assert (example.__name__, example.__doc__, example("x", 1, new=2)) == ("example", "What it does.", ("x", 1, 2))
+    with warned("example(b, a) is deprecated: use example(a, b)", "old=… of example is deprecated: use new=…"):
+        assert example(1, "x", old=2) == ("x", 1, 2)  # type: ignore[arg-type,call-arg]
+
+
+def test_a_keyword_by_both_of_its_names_is_an_error():
+    with pytest.raises(TypeError, match=r"example\(\) got new=… and its old name old=…: leave old out"):
+        example("x", new=1, old=2)  # type: ignore[call-arg]
