@@ -121,7 +121,7 @@ def train_rank(
         )
     results = []
     for trial in trials:
-        model.set_adapter(trial.adapter)
+        model.set_adapter(trial.adapter_name)
         given = rh.reply(model, tokenizer, [example.question for example in data.held_out])
         assert trial.eval_loss is not None
         results.append(Result(rank, trial.learning_rate, trial.seed, trial.eval_loss, **scores(given, data.held_out)))

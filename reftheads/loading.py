@@ -44,11 +44,13 @@ def load_base(
         kwargs: go to `from_pretrained`, such as `device_map` or `revision`.
 
     Raises:
-        ValueError: bits other than 4 and 8.
+        ValueError: bits other than 4 and 8, or bits together with a `quantization_config`.
         OSError: nothing of that name, as transformers says it.
     """
     if bits not in (None, 4, 8):
         raise ValueError(f"bits must be 4, 8 or None, got {bits!r}")
+    if bits is not None and kwargs.get("quantization_config") is not None:
+        raise ValueError(f"bits={bits} makes a quantization_config of its own: give one of the two")
     path = str(EMBEDDED.get(name, name))
     if bits is not None:
         kwargs["quantization_config"] = _quantisation(bits)

@@ -11,6 +11,9 @@ from support.training import arguments
 
 import reftheads as rh
 from reftheads._utils.deprecation import renamed, reordered
+from reftheads.fewshot import Study
+from reftheads.interop.peft_lora import merge_lora, merged, to_peft_lora
+from reftheads.training import Trial
 
 LOREFT = rh.LoReFT(rank=2)
 GRAPH = rh.InterventionGraph(rh.Node(LOREFT, layer=1, positions="l1", name="edit"))
@@ -95,6 +98,68 @@ def test_sweep_took_the_names_of_the_trainer_and_the_graph_first(tokenizer, tmp_
         assert rh.sweep(base(), GRAPH, args=args, **old)[1] == trials
     with warned(*names):
         assert rh.sweep(base(), graph=GRAPH, args=args, **old)[1] == trials
+
+
+# --- the words ------------------------------------------------------------------------------------------------
+
+
+def test_node_plan_and_summary_took_adapter(capsys):
+    model = rh.InterventionModel(tiny_llama(), GRAPH)
+    for place in ("InterventionModel", "InterventionTuner"):
+        asked = model if place == "InterventionModel" else model.tuner
+        message = f"adapter=… of {place}.{{}} is deprecated: use adapter_name=…"
+        with warned(message.format("node")):
+            assert asked.node("edit", adapter="default") is model.node("edit", adapter_name="default")
+        with warned(message.format("plan")):
+            assert asked.plan(adapter="default") is model.plan(adapter_name="default")
+        with warned(message.format("summary")):
+            asked.summary(adapter="default")
+    shown = capsys.readouterr().out
+    model.summary("default")
+    assert shown == capsys.readouterr().out * 2
+
+
+def test_trials_had_an_adapter():
+    trial = Trial("trial_0", 1e-3, 0)
+    with warned("Trial.adapter is deprecated: use Trial.adapter_name"):
+        assert trial.adapter == "trial_0"
+
+
+def test_conversions_to_lora_took_adapter(tmp_path):
+    def model() -> rh.InterventionModel:
+        return rh.InterventionModel(base := tiny_llama(), rh.preset("lora2", base))
+
+    message = "adapter=… of {} is deprecated: use adapter_name=…"
+    with warned(message.format("to_peft_lora")):
+        to_peft_lora(model(), tmp_path, adapter="default")
+    with warned(message.format("merged")), merged(model(), adapter="default"):
+        pass
+    with warned(message.format("merge_lora")):
+        merge_lora(model(), adapter="default")
+
+
+def test_what_writes_files_took_a_folder(tmp_path):
+    message = "folder=… of {} is deprecated: use directory=…"
+    with warned(message.format("ActivationStore")):
+        assert rh.ActivationStore(folder=tmp_path / "store").directory == tmp_path / "store"
+    with warned(message.format("Study")):
+        assert Study(folder=tmp_path / "study", steps=3).directory == tmp_path / "study"
+    head = rh.Node(rh.LinearHead(2), layer=1, positions="l1", name="head")
+    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph(head))
+    with warned(message.format("export_head")):
+        rh.export_head(model, "head", folder=tmp_path / "head")
+    with warned():
+        rh.export_head(model, "head", directory=tmp_path / "again")
+    assert (tmp_path / "head/head.json").read_text() == (tmp_path / "again/head.json").read_text()
+
+
+def test_plan_summary_printed_what_reuse_summary_returns(capsys):
+    model = rh.InterventionModel(tiny_llama(), GRAPH)
+    with warned(
+        "InterventionModel.plan_summary(batch) is deprecated: use print(InterventionModel.reuse_summary(batch))"
+    ):
+        model.plan_summary()
+    assert capsys.readouterr().out == model.reuse_summary() + "\n"
 
 
 # --- the helpers ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import huggingface_hub
 from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 
+from reftheads._utils.deprecation import deprecate, renamed
 from reftheads.adapter.tuner import CHILD, WEIGHTS, InterventionConfig, InterventionTuner, has_file, refuse_pickle
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.node import NodeModule
@@ -119,7 +120,7 @@ class InterventionModel(PeftModel):
         """Within, a call computes only what the graph can change, and takes the rest from a store.
 
         Losses and gradients are those of a plain call. The output has no logits, and the activations of the frozen
-        base model are computed once for every content; see `plan_summary` for what that spares. A call that asks
+        base model are computed once for every content; see `reuse_summary` for what that spares. A call that asks
         for more, such as `output_hidden_states`, is a plain one, and so is one in a state of the model in which
         the result could differ.
 
@@ -144,20 +145,23 @@ class InterventionModel(PeftModel):
         assert isinstance(self.base_model, InterventionTuner)
         return self.base_model
 
-    def node(self, name: str, adapter: str | None = None) -> NodeModule:
-        """The parameters of a node; see `InterventionTuner.node`."""
-        return self.tuner.node(name, adapter)
+    @renamed(adapter="adapter_name")
+    def node(self, name: str, adapter_name: str | None = None) -> NodeModule:
+        """Return the parameters of a node; see `InterventionTuner.node`."""
+        return self.tuner.node(name, adapter_name)
 
-    def plan(self, adapter: str | None = None) -> Plan:
-        """The compiled graph of an adapter."""
-        return self.tuner.plan(adapter)
+    @renamed(adapter="adapter_name")
+    def plan(self, adapter_name: str | None = None) -> Plan:
+        """Return the compiled graph of an adapter."""
+        return self.tuner.plan(adapter_name)
 
-    def summary(self, adapter: str | None = None) -> None:
-        """Prints a table, one line a node."""
-        self.tuner.summary(adapter)
+    @renamed(adapter="adapter_name")
+    def summary(self, adapter_name: str | None = None) -> None:
+        """Print a table, one line a node."""
+        self.tuner.summary(adapter_name)
 
-    def plan_summary(self, batch: Mapping[str, Any] | None = None) -> None:
-        """Prints what `reusing` reuses in the state that the model is in, what it does not, and why.
+    def reuse_summary(self, batch: Mapping[str, Any] | None = None) -> str:
+        """Say what `reusing` reuses in the state that the model is in, what it does not, and why.
 
         Args:
             batch: rows as for a call; then also the share of a plain training step's floating-point operations that
@@ -166,7 +170,12 @@ class InterventionModel(PeftModel):
         Raises:
             ValueError: a model in which nothing can be reused, since it has no one stack of blocks.
         """
-        print(describe(Replay(self.get_base_model(), self.tuner.layer), [] if batch is None else [batch]))
+        return describe(Replay(self.get_base_model(), self.tuner.layer), [] if batch is None else [batch])
+
+    def plan_summary(self, batch: Mapping[str, Any] | None = None) -> None:
+        """Print `reuse_summary`, which replaces it."""
+        deprecate("InterventionModel.plan_summary(batch)", "print(InterventionModel.reuse_summary(batch))")
+        print(self.reuse_summary(batch))
 
     def add_adapter(self, adapter_name: str, peft_config: InterventionGraph | PeftConfig, **kwargs: Any) -> None:
         """Adds a second graph, or a set of parameters of its own for the same one; `set_adapter` makes it act.

@@ -21,6 +21,7 @@ from peft.utils.peft_types import PeftType
 from rich.table import Table
 from torch import Tensor, nn
 
+from reftheads._utils.deprecation import renamed
 from reftheads.graph.graph import InterventionGraph, render
 from reftheads.graph.node import NodeModule, check_key
 from reftheads.runtime.generate import record_prompts
@@ -249,34 +250,37 @@ class InterventionTuner(BaseTuner):
 
     # --- what users ask -------------------------------------------------------------------------------------
 
-    def node(self, name: str, adapter: str | None = None) -> NodeModule:
-        """The parameters of a node, by the paper's letters: `model.node("emoji").R`.
+    @renamed(adapter="adapter_name")
+    def node(self, name: str, adapter_name: str | None = None) -> NodeModule:
+        """Return the parameters of a node, by the paper's letters: `model.node("emoji").R`.
 
         Args:
             name: of the node.
-            adapter: which adapter's; the (first) active one if left out.
+            adapter_name: whose; the (first) active adapter's if left out.
 
         Raises:
             KeyError: no such node or adapter.
         """
-        plan = self.plan(adapter)
-        return self.layer.rh_nodes[adapter or self.active_adapters[0]][plan.graph[name].key]  # type: ignore[index,return-value]
+        plan = self.plan(adapter_name)
+        return self.layer.rh_nodes[adapter_name or self.active_adapters[0]][plan.graph[name].key]  # type: ignore[index,return-value]
 
-    def plan(self, adapter: str | None = None) -> Plan:
-        """The compiled graph of an adapter; of the (first) active one if left out."""
-        adapter = adapter or self.active_adapters[0]
-        if adapter not in self.layer.plans:
-            raise KeyError(f"no adapter {adapter!r}: there are {', '.join(self.layer.plans)}")
-        return self.layer.plans[adapter]
+    @renamed(adapter="adapter_name")
+    def plan(self, adapter_name: str | None = None) -> Plan:
+        """Return the compiled graph of an adapter; of the (first) active one if left out."""
+        adapter_name = adapter_name or self.active_adapters[0]
+        if adapter_name not in self.layer.plans:
+            raise KeyError(f"no adapter {adapter_name!r}: there are {', '.join(self.layer.plans)}")
+        return self.layer.plans[adapter_name]
 
-    def summary(self, adapter: str | None = None) -> None:
-        """Prints a table, one line a node: what it is, where, its width, positions and number of parameters."""
+    @renamed(adapter="adapter_name")
+    def summary(self, adapter_name: str | None = None) -> None:
+        """Print a table, one line a node: what it is, where, its width, positions and number of parameters."""
         table = Table("node", "what", "where", "module", "width", "positions", "parameters", box=None, pad_edge=False)
         seen: set[str] = set()
         total = 0
-        for planned in self.plan(adapter).nodes:
+        for planned in self.plan(adapter_name).nodes:
             node, address = planned.node, planned.address
-            count = sum(p.numel() for p in self.node(str(node.name), adapter).parameters())
+            count = sum(p.numel() for p in self.node(str(node.name), adapter_name).parameters())
             shared = node.key in seen
             seen.add(node.key)
             total += 0 if shared else count

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from reftheads._utils.atomic import replacing
+from reftheads._utils.deprecation import renamed
 
 Cell = Mapping[str, Any]
 
@@ -29,12 +30,13 @@ class Study:
     same study at the same time share its cells.
 
     Args:
-        folder: where the files are, such as "results/ft"; made if there is none.
+        directory: where the files are, such as "results/ft"; made if there is none.
         settings: what all cells have in common, such as `steps=30`; it stands in every file.
     """
 
-    def __init__(self, folder: str | os.PathLike, **settings: Any):
-        self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))
+    @renamed(folder="directory")
+    def __init__(self, directory: str | os.PathLike, **settings: Any):
+        self.directory, self.settings = Path(directory), json.loads(json.dumps(settings))
 
     def run(self, cells: Iterable[Cell], measure: Callable[..., Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Calls `measure(**cell)` for every cell without a result; the results of all cells, in order.
@@ -78,12 +80,12 @@ class Study:
     def path(self, cell: Cell) -> Path:
         """The file of a cell, named by its values."""
         words = [f"{name}{value}" if isinstance(value, int | float) else str(value) for name, value in cell.items()]
-        return self.folder / (re.sub(r"[^\w.+,:=-]+", "-", "_".join(words)).strip("-") + ".json")
+        return self.directory / (re.sub(r"[^\w.+,:=-]+", "-", "_".join(words)).strip("-") + ".json")
 
     @contextmanager
     def _claimed(self, cell: Cell, wait: bool) -> Iterator[bool]:
         """Whether this process runs the cell; its claim ends with the process, however that does."""
-        locks = self.folder / ".running"
+        locks = self.directory / ".running"
         locks.mkdir(parents=True, exist_ok=True)
         lock = FileLock(locks / f"{self.path(cell).stem}.lock")
         try:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from reftheads._utils.deprecation import renamed
 from reftheads.adapter.model import WEIGHTS, InterventionModel
 from reftheads.adapter.tuner import InterventionConfig
 from reftheads.graph.graph import InterventionGraph
@@ -43,24 +44,25 @@ _OTHER_FORMULA = (
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
-def to_peft_lora(model: InterventionModel, directory: str | os.PathLike, adapter: str | None = None) -> None:
+@renamed(adapter="adapter_name")
+def to_peft_lora(model: InterventionModel, directory: str | os.PathLike, adapter_name: str | None = None) -> None:
     """Writes an adapter made of LoRA nodes as a LoRA checkpoint of PEFT.
 
     `peft.PeftModel.from_pretrained(base, directory)` then computes what `model` does.
 
     Args:
         directory: gets `adapter_config.json` and `adapter_model.safetensors`.
-        adapter: which one; the (first) active one if left out.
+        adapter_name: which one; the (first) active one if left out.
 
     Raises:
         ValueError: a node that PEFT cannot express: another type than LoRA, positions other than
             `"all"`, or nodes of different dropout. Nothing is written then.
     """
-    layers = _layers(model, adapter)
+    layers = _layers(model, adapter_name)
     dropouts = {layer.dropout for layer in layers.values()}
     if len(dropouts) > 1 or None in dropouts:
         raise ValueError("the LoRA nodes differ in dropout, and PEFT knows one for all: give them the same")
-    config = _config(model, layers, adapter)
+    config = _config(model, layers, adapter_name)
     config.lora_dropout = dropouts.pop() or 0.0
     config.inference_mode = True
     target = Path(directory)
@@ -128,30 +130,32 @@ def from_peft_lora(
     return model
 
 
-def merge_lora(model: InterventionModel, adapter: str | None = None) -> nn.Module:
+@renamed(adapter="adapter_name")
+def merge_lora(model: InterventionModel, adapter_name: str | None = None) -> nn.Module:
     """The base model with an adapter's LoRA nodes merged into its weights, through PEFT.
 
     The model itself is used up: all its adapters and hooks are gone from the base model.
 
     Args:
-        adapter: which one; the (first) active one if left out.
+        adapter_name: which one; the (first) active one if left out.
 
     Raises:
         ValueError: a node that cannot be merged, as in `to_peft_lora`, or weights that are not finite.
             The model is then as it was.
     """
-    layers = _layers(model, adapter)
+    layers = _layers(model, adapter_name)
     for path, layer in layers.items():
         if not (layer.a.isfinite().all() and layer.b.isfinite().all()):
             raise ValueError(f"the LoRA of {path!r} has weights that are not finite: it cannot be merged")
-    config = _config(model, layers, adapter)
+    config = _config(model, layers, adapter_name)
     lora = get_peft_model(model.tuner.unload(), config)  # type: ignore[arg-type]
     set_peft_model_state_dict(lora, _state_dict(layers))
     return lora.merge_and_unload()  # type: ignore[operator]
 
 
+@renamed(adapter="adapter_name")
 @contextmanager
-def merged(model: InterventionModel, adapter: str | None = None) -> Iterator[InterventionModel]:
+def merged(model: InterventionModel, adapter_name: str | None = None) -> Iterator[InterventionModel]:
     """Within, an adapter's LoRA nodes are part of the base model's weights, so that they take no time.
 
     W + α/r · B A is rounded once, from float64. Afterwards the weights are as they were, bit for bit.
@@ -160,7 +164,7 @@ def merged(model: InterventionModel, adapter: str | None = None) -> Iterator[Int
         ValueError: a node that cannot be merged, as in `to_peft_lora`, several adapters that act, or a base model
             that is quantised.
     """
-    layers = _layers(model, adapter)
+    layers = _layers(model, adapter_name)
     if len(model.tuner.active_adapters) > 1:
         raise ValueError(
             f"several adapters act, {', '.join(model.tuner.active_adapters)}: leave one by set_adapter(name)"
@@ -196,10 +200,10 @@ class _Layer:
         return self.a.shape[0]
 
 
-def _layers(model: InterventionModel, adapter: str | None) -> dict[str, _Layer]:
+def _layers(model: InterventionModel, adapter_name: str | None) -> dict[str, _Layer]:
     """By module path. Raises `ValueError` for a node that PEFT's LoRA cannot express."""
     grouped: dict[str, list[PlannedNode]] = {}
-    for planned in model.plan(adapter).nodes:
+    for planned in model.plan(adapter_name).nodes:
         name, intervention, positions = planned.node.name, planned.node.intervention, planned.node.positions
         if not isinstance(intervention, LoRA):
             raise ValueError(
@@ -212,15 +216,15 @@ def _layers(model: InterventionModel, adapter: str | None) -> dict[str, _Layer]:
                 "positions='all' can be converted or merged"
             )
         grouped.setdefault(planned.address.module, []).append(planned)
-    return {path: _layer(model, adapter, path, nodes) for path, nodes in grouped.items()}
+    return {path: _layer(model, adapter_name, path, nodes) for path, nodes in grouped.items()}
 
 
-def _layer(model: InterventionModel, adapter: str | None, path: str, nodes: list[PlannedNode]) -> _Layer:
+def _layer(model: InterventionModel, adapter_name: str | None, path: str, nodes: list[PlannedNode]) -> _Layer:
     module = model.tuner.model.get_submodule(path)
     outputs = getattr(module, "nf" if isinstance(module, Conv1D) else "out_features")
     a, b, interventions = [], [], []
     for planned in nodes:
-        intervention, stored = planned.node.intervention, model.node(str(planned.node.name), adapter).stored()
+        intervention, stored = planned.node.intervention, model.node(str(planned.node.name), adapter_name).stored()
         assert isinstance(intervention, LoRA)
         rows = stored["B"].new_zeros(outputs, intervention.rank)
         rows[planned.address.index] = stored["B"].detach()
@@ -233,9 +237,9 @@ def _layer(model: InterventionModel, adapter: str | None, path: str, nodes: list
     return _Layer(torch.cat(a), torch.cat(b, dim=1), alpha, dropout, isinstance(module, Conv1D))
 
 
-def _config(model: InterventionModel, layers: dict[str, _Layer], adapter: str | None) -> LoraConfig:
+def _config(model: InterventionModel, layers: dict[str, _Layer], adapter_name: str | None) -> LoraConfig:
     first = next(iter(layers.values()))
-    ours = model.peft_config[adapter or model.tuner.active_adapters[0]]
+    ours = model.peft_config[adapter_name or model.tuner.active_adapters[0]]
     return LoraConfig(
         r=first.rank,
         lora_alpha=first.alpha,  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from reftheads._utils.atomic import replacing
+from reftheads._utils.deprecation import renamed
 from reftheads.adapter.model import InterventionModel
 from reftheads.interventions.heads import MappingHead, MLPHead
 from reftheads.runtime.plan import PlannedNode
@@ -29,7 +30,8 @@ _TORCH = {
 }  # fmt: skip
 
 
-def export_head(model: InterventionModel, name: str, folder: str | os.PathLike | None = None) -> nn.Module:
+@renamed(folder="directory")
+def export_head(model: InterventionModel, name: str, directory: str | os.PathLike | None = None) -> nn.Module:
     """A copy of a head as a module that needs torch alone: hidden states [… width] ↦ predictions [… outputs].
 
     It is an `nn.Linear`, or an `nn.Sequential` of linear maps and activations, the head's own `activation` last. It
@@ -37,13 +39,13 @@ def export_head(model: InterventionModel, name: str, folder: str | os.PathLike |
 
     Args:
         name: of the head, in the (first) active adapter.
-        folder: gets `head.safetensors`, the state of the module, and `head.json`: its widths and activations, where
+        directory: gets `head.safetensors`, the state of the module, and `head.json`: its widths and activations, where
             in the model and on which tokens it reads, its target and loss.
 
     Raises:
         KeyError: no node of that name.
         ValueError: a node that is no linear or MLP head, `pool="attention"`, or an activation that torch has no
-            module for; with `folder`, positions given by a function, which no file can hold.
+            module for; with `directory`, positions given by a function, which no file can hold.
     """
     planned, maps = head_maps(model, name)
     head = planned.node.intervention
@@ -57,9 +59,9 @@ def export_head(model: InterventionModel, name: str, folder: str | os.PathLike |
     if head.activation is not None:
         modules.append(_activation(head.activation))
     module = modules[0] if len(modules) == 1 else nn.Sequential(*modules)
-    if folder is not None:
+    if directory is not None:
         description = json.dumps(_describe(model, planned, maps), indent=2) + "\n"
-        with replacing(Path(folder, DESCRIPTION)) as said, replacing(Path(folder, WEIGHTS)) as weights:
+        with replacing(Path(directory, DESCRIPTION)) as said, replacing(Path(directory, WEIGHTS)) as weights:
             save_file({name: tensor.cpu() for name, tensor in module.state_dict().items()}, weights)
             said.write_text(description, encoding="utf-8")
     return module

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from reftheads._utils.deprecation import renamed, reordered
+from reftheads._utils.deprecation import deprecate, renamed, reordered
 from reftheads.adapter.model import InterventionModel
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.node import Head
@@ -23,17 +23,23 @@ class Trial:
     """One adapter of a sweep.
 
     Attributes:
-        adapter: its name in the model.
+        adapter_name: under which it is in the model.
         learning_rate, seed: what it was trained and begun with.
         losses: its training loss, a mean for every time that the trainer logs.
         eval_loss: its loss on the rows for evaluation; `None` without such rows.
     """
 
-    adapter: str
+    adapter_name: str
     learning_rate: float
     seed: int
     losses: list[float] = field(default_factory=list)
     eval_loss: float | None = None
+
+    @property
+    def adapter(self) -> str:
+        """Return `adapter_name`, which replaces it."""
+        deprecate("Trial.adapter", "Trial.adapter_name")
+        return self.adapter_name
 
 
 @reordered("base", "graph", "args", graph=InterventionGraph)
@@ -58,7 +64,7 @@ def sweep(
     gradients. Its weights are those of a run of its own with `args.learning_rate` set to its rate, and with the same
     order of the data; dropout in nodes draws other numbers. A node with `lr` keeps that rate in every trial.
 
-    Where the base model can reuse nothing (see `InterventionModel.plan_summary`) the trials take turns in every
+    Where the base model can reuse nothing (see `InterventionModel.reuse_summary`) the trials take turns in every
     step, with the same result.
 
     Args:
@@ -89,18 +95,18 @@ def sweep(
     for trial in trials:
         torch.manual_seed(trial.seed)
         if model is None:
-            model = InterventionModel(base, graph, adapter_name=trial.adapter)
+            model = InterventionModel(base, graph, adapter_name=trial.adapter_name)
         else:
-            model.add_adapter(trial.adapter, graph)
+            model.add_adapter(trial.adapter_name, graph)
     assert model is not None
     trainer = _SweepTrainer(model, args, trials, train_dataset=rows, processing_class=tokenizer, **kwargs)
     trainer.train()
     trainer.note_losses()
     for trial in trials if eval_rows is not None else ():
-        model.set_adapter(trial.adapter)
+        model.set_adapter(trial.adapter_name)
         trial.eval_loss = trainer.evaluate(eval_rows)["eval_loss"]
     best = min(trials, key=lambda trial: trial.losses[-1] if trial.eval_loss is None else trial.eval_loss)
-    model.set_adapter(best.adapter)
+    model.set_adapter(best.adapter_name)
     return model, trials
 
 
@@ -108,14 +114,14 @@ class _SweepTrainer(InterventionTrainer):
     """Trains all adapters of a model at once, every one as if it were alone."""
 
     def __init__(self, model: InterventionModel, args: TrainingArguments, trials: Sequence[Trial], **kwargs: Any):
-        model.tuner.layer.set_adapter([trial.adapter for trial in trials])
+        model.tuner.layer.set_adapter([trial.adapter_name for trial in trials])
         super().__init__(model, args, **kwargs)
         self.trials = trials
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         self._counted = 0
 
     def _own(self, trial: Trial) -> dict[str, nn.Parameter]:
-        prefix = f"base_model.model.interventions.rh_nodes.{trial.adapter}."
+        prefix = f"base_model.model.interventions.rh_nodes.{trial.adapter_name}."
         return {name: p for name, p in self.model.named_parameters() if name.startswith(prefix) and p.requires_grad}
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -134,7 +140,7 @@ class _SweepTrainer(InterventionTrainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         limit = self.args.max_grad_norm
         nodes = self.model.tuner.layer.rh_nodes
-        norms = [self.accelerator.clip_grad_norm_(nodes[t.adapter].parameters(), limit) for t in self.trials]
+        norms = [self.accelerator.clip_grad_norm_(nodes[t.adapter_name].parameters(), limit) for t in self.trials]
         return torch.stack([torch.as_tensor(norm) for norm in norms]).max()
 
     def compute_loss(
@@ -150,8 +156,8 @@ class _SweepTrainer(InterventionTrainer):
         losses = self._together(model, inputs, rows, num_items_in_batch)
         if losses is None:
             losses = {
-                trial.adapter: super(_SweepTrainer, self).compute_loss(
-                    model, {**inputs, "adapter_names": [trial.adapter] * rows}, False, num_items_in_batch
+                trial.adapter_name: super(_SweepTrainer, self).compute_loss(
+                    model, {**inputs, "adapter_names": [trial.adapter_name] * rows}, False, num_items_in_batch
                 )
                 for trial in self.trials
             }
@@ -167,7 +173,7 @@ class _SweepTrainer(InterventionTrainer):
         self, model: nn.Module, inputs: dict[str, Any], rows: int, num_items: Tensor | int | None
     ) -> dict[str, Tensor] | None:
         """The loss of every trial from one pass; `None` where the base model can reuse nothing."""
-        names = [trial.adapter for trial in self.trials]
+        names = [trial.adapter_name for trial in self.trials]
         with self._reusing(model, inputs):
             if self._replay is None or self._replay.limits.why_plain() is not None or len(names) == 1:
                 return None
@@ -202,5 +208,5 @@ class _SweepTrainer(InterventionTrainer):
         """Gives every trial its mean loss of the steps since the last time."""
         steps = self.state.global_step - self._counted
         for trial in self.trials if steps else ():
-            trial.losses.append(float(self._sums.pop(trial.adapter)) / steps)
+            trial.losses.append(float(self._sums.pop(trial.adapter_name)) / steps)
         self._counted = self.state.global_step

@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -134,11 +135,25 @@ def test_a_constant_is_a_copy_of_what_was_given():
     assert repr(constant) == "Constant(3)" and repr(Constant(1.0)) == "Constant(scalar)"
 
 
-@pytest.mark.parametrize("name", ["int8", "float33", "nn", 32, torch.float32])
-def test_a_dtype_is_the_name_of_a_float_type(name):
+@pytest.mark.parametrize("name", ["int8", "float33", "nn", 32, torch.int8])
+def test_a_dtype_is_a_float_type_or_its_name(name):
     with pytest.raises(ValueError, match="dtype must be the name of a torch float type such as 'float32'"):
         read_dtype(name)
-    assert read_dtype("bfloat16") is torch.bfloat16
+    assert read_dtype("bfloat16") is torch.bfloat16 and read_dtype(torch.bfloat16) is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "make",
+    [partial(rh.LoReFT, 4), partial(rh.LoRA, 4), rh.ScaleAndBias, partial(rh.LinearHead, 2)],
+)
+def test_a_type_of_torch_is_kept_by_its_name(make):
+    intervention = make(dtype=torch.bfloat16)
+    assert intervention == make(dtype="bfloat16") and intervention.dtype == "bfloat16"
+    graph = rh.InterventionGraph(rh.Node(intervention, layer=0, name="a"))
+    assert rh.InterventionGraph.from_dict(json.loads(json.dumps(graph.to_dict()))) == graph
+    assert next(iter(intervention.parameters(Shape(8, 8)).values())).dtype is torch.bfloat16
+    with pytest.raises(ValueError, match="or the type itself, got torch.int8"):
+        make(dtype=torch.int8)
 
 
 # --- the module ---------------------------------------------------------------------------------------------

@@ -136,11 +136,11 @@ def test_any_adapter_can_be_written_or_merged_by_its_name(tmp_path):
     randomise(model, seed=5)
     expected = model(ids).logits
     model.set_adapter("default")
-    to_peft_lora(model, tmp_path, adapter="second")
+    to_peft_lora(model, tmp_path, adapter_name="second")
     torch.testing.assert_close(read_by_peft(tiny_llama, tmp_path)(ids).logits, expected, **EXACT)
-    torch.testing.assert_close(merge_lora(model, adapter="second")(ids).logits, expected, **EXACT)
+    torch.testing.assert_close(merge_lora(model, adapter_name="second")(ids).logits, expected, **EXACT)
     with pytest.raises(KeyError, match="nobody"):
-        to_peft_lora(trained("llama, one rank"), tmp_path, adapter="nobody")
+        to_peft_lora(trained("llama, one rank"), tmp_path, adapter_name="nobody")
 
 
 # --- what PEFT trained ---

@@ -238,7 +238,7 @@ def test_a_model_is_described(case):
 
 def test_what_the_model_prints_is_the_description(capsys):
     model = rh.InterventionModel(llama(), GRAPHS["the last token"]).train()
-    model.plan_summary(batch_of())
+    print(model.reuse_summary(batch_of()))
     assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == described(model, batch_of())
 
 

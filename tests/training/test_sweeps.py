@@ -78,7 +78,7 @@ class Setting:
         torch.manual_seed(trial.seed)
         model = rh.InterventionModel(base, self.graph)
         args = arguments(
-            self.folder / trial.adapter, **{"logging_steps": 2} | options | {"learning_rate": trial.learning_rate}
+            self.folder / trial.adapter_name, **{"logging_steps": 2} | options | {"learning_rate": trial.learning_rate}
         )
         given = {"train_dataset": self.rows, "processing_class": self.tokenizer} | more
         trainer = rh.InterventionTrainer(model, args, reuse="off", **given)
@@ -98,7 +98,7 @@ class Setting:
 
 def apart(model: rh.InterventionModel, trial: rh.Trial, other: rh.InterventionModel) -> float:
     """The largest difference between a trial's weights and those of a run of its own, relative to each tensor."""
-    nodes, own = model.tuner.layer.rh_nodes[trial.adapter], other.tuner.layer.rh_nodes["default"]
+    nodes, own = model.tuner.layer.rh_nodes[trial.adapter_name], other.tuner.layer.rh_nodes["default"]
     a, b = (dict(module.named_parameters()) for module in (nodes, own))
     assert a.keys() == b.keys() and a
     return max(float(((a[name] - b[name]).abs().max() / b[name].abs().max()).detach()) for name in a)
@@ -212,7 +212,12 @@ def test_a_gate_and_its_source_are_trained_side_by_side(setting):
 
 def test_one_trial_is_one_run(setting):
     model, [trial] = setting.sweep(rates=(), seeds=[5], learning_rate=7e-3)
-    assert (trial.adapter, trial.learning_rate, trial.seed, model.active_adapter) == ("trial_0", 7e-3, 5, "trial_0")
+    assert (trial.adapter_name, trial.learning_rate, trial.seed, model.active_adapter) == (
+        "trial_0",
+        7e-3,
+        5,
+        "trial_0",
+    )
     assert apart(model, trial, setting.alone(trial).model) < 1e-9
 
 
@@ -260,17 +265,17 @@ def test_a_sweep_without_seeds_is_an_error(setting):
 def test_trials_come_by_rate_and_by_seed_and_the_best_one_is_active(setting, tokenizer):
     evaluated = without(rows_of(tokenizer, 5, seed=1), "label")
     model, trials = setting.sweep(eval_rows=evaluated)
-    assert [(t.adapter, t.learning_rate, t.seed) for t in trials] == [
+    assert [(t.adapter_name, t.learning_rate, t.seed) for t in trials] == [
         ("trial_0", RATES[0], 0), ("trial_1", RATES[0], 1), ("trial_2", RATES[1], 0), ("trial_3", RATES[1], 1)
     ]  # fmt: skip
     for trial in trials:
         run = setting.alone(trial, eval_rows=evaluated)
         assert trial.eval_loss == pytest.approx(run.evaluate()["eval_loss"], rel=1e-9)
     best = min(trials, key=lambda trial: trial.eval_loss or 0)
-    assert model.active_adapter == best.adapter
-    assert model.tuner.layer.active_adapters == [best.adapter]
+    assert model.active_adapter == best.adapter_name
+    assert model.tuner.layer.active_adapters == [best.adapter_name]
     assert {name.split("rh_nodes.")[1].split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {
-        best.adapter
+        best.adapter_name
     }
     batch = rh.Collator(tokenizer)(evaluated)
     with torch.no_grad():
@@ -280,7 +285,7 @@ def test_trials_come_by_rate_and_by_seed_and_the_best_one_is_active(setting, tok
 def test_the_best_is_that_of_the_last_losses_where_nothing_is_evaluated(setting):
     model, trials = setting.sweep()
     assert all(trial.eval_loss is None for trial in trials)
-    assert model.active_adapter == min(trials, key=lambda trial: trial.losses[-1]).adapter
+    assert model.active_adapter == min(trials, key=lambda trial: trial.losses[-1]).adapter_name
 
 
 @pytest.mark.parametrize(
@@ -313,9 +318,9 @@ def test_adapters_of_a_sweep_are_saved_and_loaded(setting, rows, tokenizer, tmp_
     assert {path.name for path in (tmp_path / "saved").iterdir() if path.is_dir()} == {"trial_1", "trial_2"}
     batch = rh.Collator(tokenizer)(rows)
     for trial in trials[1:3]:
-        loaded = rh.InterventionModel.from_pretrained(llama().double(), tmp_path / "saved" / trial.adapter)
+        loaded = rh.InterventionModel.from_pretrained(llama().double(), tmp_path / "saved" / trial.adapter_name)
         assert apart(model, trial, loaded) == 0
-        model.set_adapter(trial.adapter)
+        model.set_adapter(trial.adapter_name)
         assert torch.equal(model.eval()(**batch).logits, loaded.eval()(**batch).logits)
 
 
