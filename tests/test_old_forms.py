@@ -1,5 +1,6 @@
 """What was written otherwise before 0.1.0 still works, and warns at the caller's line of the form that is right now."""
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from support.models import tiny_llama
 from support.training import arguments
 
 import reftheads as rh
+import reftheads.graph
 from reftheads._utils.deprecation import renamed, reordered
 from reftheads.fewshot import Study
 from reftheads.interop.peft_lora import merge_lora, merged, to_peft_lora
@@ -160,6 +162,43 @@ def test_plan_summary_printed_what_reuse_summary_returns(capsys):
     ):
         model.plan_summary()
     assert capsys.readouterr().out == model.reuse_summary() + "\n"
+
+
+# --- where names are imported from ----------------------------------------------------------------------------
+
+MOVED = {
+    "reftheads.graph": "Context Edit Head Reader Shape Tokens",
+    "reftheads.interventions": "LowRank",
+    "reftheads.probing": "Estimate Probe Probes",
+    "reftheads.runtime": "compile_graph",
+    "reftheads.training": "Trial",
+}
+
+
+@pytest.mark.parametrize("package, name", [(package, name) for package in MOVED for name in MOVED[package].split()])
+def test_names_for_authors_of_node_types_have_left_the_top_level(package: str, name: str):
+    assert name not in rh.__all__ and name not in dir(rh)
+    with warned(f"reftheads.{name} is deprecated: use from {package} import {name}"):
+        moved = getattr(rh, name)
+    with warned():
+        assert moved is getattr(importlib.import_module(package), name)
+        assert name in importlib.import_module(package).__all__
+
+
+def test_a_moved_name_can_still_be_imported_from_the_top_level():
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        from reftheads import Edit
+    assert Edit is reftheads.graph.Edit
+    assert {(str(w.message), w.filename) for w in record} == {
+        ("reftheads.Edit is deprecated: use from reftheads.graph import Edit", __file__)
+    }
+
+
+def test_completion_shows_what_users_use():
+    assert dir(rh) == sorted([*rh.__all__, "__version__"])
+    with pytest.raises(AttributeError, match="module 'reftheads' has no attribute 'LoReTF'"):
+        rh.LoReTF  # noqa: B018
 
 
 # --- the helpers ----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reftheads as rh
+from reftheads.graph import Context
 from reftheads.graph.node import NodeModule, Shape
 
 
@@ -53,7 +54,7 @@ def orthonormal_cost(width: int = 4096, rank: int = 8, tokens: tuple[int, int] =
     leaves = [*node.parameters(), r, w, b, h_trained]
 
     def ours(h: Tensor) -> Tensor:
-        return node(None, h, rh.Context())
+        return node(None, h, Context())
 
     def plain(h: Tensor) -> Tensor:
         return h + (h @ w.T + b - h @ r.T) @ r

@@ -26,6 +26,7 @@ from transformers import GPT2Config, GPT2Model
 
 import reftheads as rh
 from reftheads._utils.atomic import replacing
+from reftheads.probing import Probes
 
 LAYERS, WIDTH, ROWS, TOKENS, CLASSES, BATCHES, PROBED = 8, 256, 16, 64, 2, 20, 1
 EPOCHS = 20  # of what is measured on cached activations
@@ -138,7 +139,7 @@ def early_stop(rows: list[dict], kind: str) -> Callable[[], None]:
     return step
 
 
-def fit(model: rh.InterventionModel, rows: list[dict], epochs: int, batch: int) -> rh.Probes:
+def fit(model: rh.InterventionModel, rows: list[dict], epochs: int, batch: int) -> Probes:
     return rh.fit_probes(
         model, Padding(), rows, eval_rows=rows[:ROWS], validation=0, seeds=(0,), epochs=epochs, batch_size=batch,  # type: ignore[arg-type]
         recording_batch_size=ROWS,

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reftheads as rh
+from reftheads.graph import Tokens
 from reftheads.graph.site import BLOCK_COMPONENTS, HEAD_COMPONENTS
 
 _LAYERS = st.integers(-40, 40)
@@ -109,7 +110,7 @@ def test_over_makes_a_node_a_layer_and_untied_a_node_a_layer_and_part(layers, in
 def test_untied_parts_of_a_capped_sum_stay_capped():
     graph = rh.InterventionGraph.over(rh.LoReFT(rank=1), [0], "f7+l7", tied=False, name="x")
     assert graph.names == ("x_0_f7", "x_0_l7")
-    tokens = rh.Tokens.of((1, 5))
+    tokens = Tokens.of((1, 5))
     first, last = (node.positions.mask(tokens) for node in graph)
     assert first[0].tolist() == [True, True, False, False, False]  # half of five is two
     assert last[0].tolist() == [False, False, False, True, True]

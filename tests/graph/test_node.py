@@ -11,11 +11,12 @@ from support.models import WIDTH, random_ids, tiny_llama
 from torch import nn
 
 import reftheads as rh
+from reftheads.graph import Context, Edit, Head, Reader
 from reftheads.graph.node import Constant, Intervention, NodeModule, Shape, read_dtype
 
 
 @dataclass(frozen=True)
-class Amplify(rh.Edit):
+class Amplify(Edit):
     """h ↦ h · (1 + strength · g), with a learned g for every feature."""
 
     strength: float = 1.0
@@ -81,7 +82,7 @@ def test_a_source_that_nobody_would_look_at_is_refused():
 
 def test_a_type_of_ones_own_may_read_a_source_or_do_without():
     @dataclass(frozen=True)
-    class Nudge(rh.Edit):
+    class Nudge(Edit):
         reads_source = True
 
         def parameters(self, shape):
@@ -215,12 +216,12 @@ def test_modules_made_from_one_constant_share_nothing_with_it_or_each_other():
 def test_a_module_derives_alone_what_it_is_not_given():
     node, h = NodeModule(rh.LoReFT(rank=2), Shape(6)), torch.randn(1, 3, 6)
     stored = node.stored()
-    with_r = node({**stored, **node.intervention.derive(stored)}, h, rh.Context())
-    assert torch.equal(node(None, h, rh.Context()), with_r)
+    with_r = node({**stored, **node.intervention.derive(stored)}, h, Context())
+    assert torch.equal(node(None, h, Context()), with_r)
     assert torch.allclose(with_r, h + (h @ node.W.T + node.b - h @ node.R.T) @ node.R, atol=1e-6)
 
 
 def test_the_abstract_kinds_cannot_be_made():
-    for kind in (Intervention, rh.Edit, rh.Reader, rh.Head):
+    for kind in (Intervention, Edit, Reader, Head):
         with pytest.raises(TypeError, match="abstract"):
             kind()  # type: ignore[abstract]

@@ -13,6 +13,7 @@ from support.paths import ROOT
 from torch import Tensor, nn
 
 import reftheads as rh
+from reftheads.graph import Context, Edit
 from reftheads.graph.node import NodeModule, Shape
 from reftheads.interventions.reft import orthonormalise
 
@@ -194,10 +195,10 @@ def test_dropout_acts_on_the_edited_states_in_training_and_never_in_eval(kind):
     node = NodeModule(intervention, Shape(WIDTH))
     h = torch.randn(2, 5, WIDTH)
     p = {**node.stored(), **intervention.derive(node.stored())}
-    undropped = plain.edit(p, h, rh.Context(training=True))
-    assert torch.equal(intervention.edit(p, h, rh.Context(training=False)), undropped)
+    undropped = plain.edit(p, h, Context(training=True))
+    assert torch.equal(intervention.edit(p, h, Context(training=False)), undropped)
     torch.manual_seed(7)
-    dropped = intervention.edit(p, h, rh.Context(training=True))
+    dropped = intervention.edit(p, h, Context(training=True))
     torch.manual_seed(7)
     assert torch.equal(dropped, F.dropout(undropped, 0.5, training=True))
 
@@ -317,7 +318,7 @@ def train(node: NodeModule, steps: int, seed: int = 0) -> None:
     optimiser = torch.optim.AdamW(node.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(steps):
         optimiser.zero_grad()
-        out = node(None, h[None].to(node.dtype), rh.Context()).float()
+        out = node(None, h[None].to(node.dtype), Context()).float()
         (out - target).square().mean().backward()
         optimiser.step()
 
@@ -403,7 +404,7 @@ def test_letters_are_read_and_assigned(dtype):
     h = torch.randn(1, 3, WIDTH, dtype=dtype)
     expected = h.clone()
     expected[..., :2] = h.sum(-1, keepdim=True) + torch.tensor([1.0, 2.0], dtype=dtype)
-    torch.testing.assert_close(node(None, h, rh.Context()), expected)
+    torch.testing.assert_close(node(None, h, Context()), expected)
 
 
 @pytest.mark.parametrize(
@@ -456,7 +457,7 @@ def test_edits_are_those_of_the_interventions_of_pyreft(intervention):
     node = NodeModule(intervention, Shape(WIDTH)).double()
     h = torch.randn(2, 5, WIDTH, dtype=torch.float64)
     twin = pyreft_twin(intervention, {name: value.detach() for name, value in node.stored().items()})
-    torch.testing.assert_close(node(None, h, rh.Context()), twin(h), **EXACT)
+    torch.testing.assert_close(node(None, h, Context()), twin(h), **EXACT)
 
 
 @pytest.mark.parametrize("kind", FORMULAS)
@@ -485,11 +486,11 @@ def test_a_whole_forward_pass_is_that_of_pyreft(kind):
 # --- a type of one's own ---
 
 
-def documented_type() -> type[rh.Edit]:
+def documented_type() -> type[Edit]:
     """The example in docs/nodes.md, under a name that no other test uses."""
     text = (ROOT / "docs" / "nodes.md").read_text(encoding="utf-8")
     code = text[text.index("@dataclass") : text.index("\n\n\nbase, ")].replace("Amplify", "Documented")
-    names = {"__name__": __name__, "dataclass": dataclass, "rh": rh, "nn": nn, "torch": torch}
+    names = {"__name__": __name__, "dataclass": dataclass, "Edit": Edit, "nn": nn, "torch": torch}
     exec(code, names)
     return names["Documented"]  # type: ignore[return-value]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import reftheads as rh
 from reftheads.reuse.eligibility import Limits
 from reftheads.reuse.store import ActivationStore
+from reftheads.training import Trial
 
 RATES, SEEDS = (2e-2, 3e-3), (0, 1)
 
@@ -71,7 +72,7 @@ class Setting:
         more = {"learning_rates": rates, "seeds": seeds, "reuse": "memory"} | more
         return rh.sweep(base, self.tokenizer, self.rows, self.graph, args, **more)
 
-    def alone(self, trial: rh.Trial, **options: Any) -> rh.InterventionTrainer:
+    def alone(self, trial: Trial, **options: Any) -> rh.InterventionTrainer:
         """The run that a trial stands for, on the plain path."""
         more = {"eval_dataset": options.pop("eval_rows")} if "eval_rows" in options else {}
         base = self.base().to(self.dtype)
@@ -96,7 +97,7 @@ class Setting:
         return runs
 
 
-def apart(model: rh.InterventionModel, trial: rh.Trial, other: rh.InterventionModel) -> float:
+def apart(model: rh.InterventionModel, trial: Trial, other: rh.InterventionModel) -> float:
     """The largest difference between a trial's weights and those of a run of its own, relative to each tensor."""
     nodes, own = model.tuner.layer.rh_nodes[trial.adapter_name], other.tuner.layer.rh_nodes["default"]
     a, b = (dict(module.named_parameters()) for module in (nodes, own))
@@ -212,12 +213,8 @@ def test_a_gate_and_its_source_are_trained_side_by_side(setting):
 
 def test_one_trial_is_one_run(setting):
     model, [trial] = setting.sweep(rates=(), seeds=[5], learning_rate=7e-3)
-    assert (trial.adapter_name, trial.learning_rate, trial.seed, model.active_adapter) == (
-        "trial_0",
-        7e-3,
-        5,
-        "trial_0",
-    )
+    assert (trial.adapter_name, trial.learning_rate, trial.seed) == ("trial_0", 7e-3, 5)
+    assert model.active_adapter == "trial_0"
     assert apart(model, trial, setting.alone(trial).model) < 1e-9
 
 
