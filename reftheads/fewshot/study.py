@@ -150,14 +150,14 @@ def plot(
 
     Lines stand a little beside each other, so that their bars can be told apart.
     """
-    from cycler import cycler
     from matplotlib import color_sequences
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
-    axis.set_prop_cycle(cycler(linestyle=("-", "--", ":")) * cycler(color=color_sequences["tab10"]))
+    styles, colours = ("-", "--", ":"), color_sequences["tab10"]
+    axis.set_prop_cycle(linestyle=[style for style in styles for _ in colours], color=[*colours] * len(styles))
     found = over_seeds(results, lines, x, metric)
     for i, (line, points) in enumerate(found.items()):
         means, deviations = zip(*points.values(), strict=True)
