@@ -46,7 +46,7 @@ _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 @renamed(adapter="adapter_name")
 def to_peft_lora(model: InterventionModel, directory: str | os.PathLike, adapter_name: str | None = None) -> None:
-    """Writes an adapter made of LoRA nodes as a LoRA checkpoint of PEFT.
+    """Write an adapter made of LoRA nodes as a LoRA checkpoint of PEFT.
 
     `peft.PeftModel.from_pretrained(base, directory)` then computes what `model` does.
 
@@ -57,6 +57,18 @@ def to_peft_lora(model: InterventionModel, directory: str | os.PathLike, adapter
     Raises:
         ValueError: a node that PEFT cannot express: another type than LoRA, positions other than
             `"all"`, or nodes of different dropout. Nothing is written then.
+
+    Example:
+        ```python
+        >>> import os, tempfile
+        >>> import reftheads as rh
+        >>> from reftheads.interop import to_peft_lora
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> model, directory = rh.InterventionModel(base, rh.preset("lora4", base)), tempfile.mkdtemp()
+        >>> to_peft_lora(model, directory)
+        >>> sorted(os.listdir(directory))
+        ['adapter_config.json', 'adapter_model.safetensors']
+        ```
     """
     layers = _layers(model, adapter_name)
     dropouts = {layer.dropout for layer in layers.values()}
@@ -81,11 +93,12 @@ def from_peft_lora(
     is_trainable: bool = False,
     **hub: Any,
 ) -> InterventionModel:
-    """Loads a LoRA checkpoint of PEFT as a graph with a LoRA node at every module that it adapts.
+    """Load a LoRA checkpoint of PEFT as a graph with a LoRA node at every module that it adapts.
 
     Args:
         base: the model that it was trained on; the graph is compiled into it.
         model_id: a directory, or the id of a Hub repository.
+        adapter_name: under which the parameters are kept.
         is_trainable: whether to go on training it.
         hub: such as `revision` or `subfolder`.
 
@@ -93,13 +106,27 @@ def from_peft_lora(
         ValueError: a checkpoint that is no LoRA, is not in safetensors, is damaged, does not fit the model,
             or uses an option that changes LoRA's formula (DoRA, `modules_to_save`, PiSSA …). The base
             model is then as it was.
+
+    Example:
+        ```python
+        >>> import tempfile
+        >>> import reftheads as rh
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from reftheads.interop import from_peft_lora
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> lora, directory = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])), tempfile.mkdtemp()
+        >>> lora.save_pretrained(directory)
+        >>> model = from_peft_lora(lora.unload(), directory)
+        >>> len(model.plan().graph), model.node("lora_model_layers_0_self_attn_q_proj").A.shape
+        (6, torch.Size([4, 192]))
+        ```
     """
     config = PeftConfig.from_pretrained(os.fspath(model_id), **hub)
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{model_id} holds a {config.peft_type} adapter, not a LoRA: load it by peft")
     used = [name for name in _OTHER_FORMULA if getattr(config, name, None)]
     used += [f"bias={config.bias!r}"] if config.bias != "none" else []
-    used += [f"init_lora_weights={init!r}"] if (init := config.init_lora_weights) not in _PLAIN_INITS else []
+    used += [f"init_lora_weights={config.init_lora_weights!r}"] if config.init_lora_weights not in _PLAIN_INITS else []
     if used:
         raise ValueError(
             f"{model_id} uses {', '.join(used)}, for which a LoRA node has no counterpart: load it by peft"
@@ -132,7 +159,7 @@ def from_peft_lora(
 
 @renamed(adapter="adapter_name")
 def merge_lora(model: InterventionModel, adapter_name: str | None = None) -> nn.Module:
-    """The base model with an adapter's LoRA nodes merged into its weights, through PEFT.
+    """Return the base model with an adapter's LoRA nodes merged into its weights, through PEFT.
 
     The model itself is used up: all its adapters and hooks are gone from the base model.
 
@@ -142,6 +169,17 @@ def merge_lora(model: InterventionModel, adapter_name: str | None = None) -> nn.
     Raises:
         ValueError: a node that cannot be merged, as in `to_peft_lora`, or weights that are not finite.
             The model is then as it was.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> from reftheads.interop import merge_lora
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> model = rh.InterventionModel(base, rh.preset("lora4", base))
+        >>> merged_base = merge_lora(model)  # has save_pretrained of its own
+        >>> merged_base is base, hasattr(base, "interventions")
+        (True, False)
+        ```
     """
     layers = _layers(model, adapter_name)
     for path, layer in layers.items():
@@ -156,13 +194,27 @@ def merge_lora(model: InterventionModel, adapter_name: str | None = None) -> nn.
 @renamed(adapter="adapter_name")
 @contextmanager
 def merged(model: InterventionModel, adapter_name: str | None = None) -> Iterator[InterventionModel]:
-    """Within, an adapter's LoRA nodes are part of the base model's weights, so that they take no time.
+    """Make an adapter's LoRA nodes part of the base model's weights for a while, so that they take no time.
 
     W + α/r · B A is rounded once, from float64. Afterwards the weights are as they were, bit for bit.
+
+    Args:
+        adapter_name: which one; the (first) active one if left out.
 
     Raises:
         ValueError: a node that cannot be merged, as in `to_peft_lora`, several adapters that act, or a base model
             that is quantised.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> from reftheads.interop import merged
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> model = rh.InterventionModel(base, rh.preset("lora4", base))
+        >>> with merged(model):
+        ...     rh.reply(model, tokenizer, ["Tell me about owls."], max_new_tokens=6)
+        ['Owls are birds that']
+        ```
     """
     layers = _layers(model, adapter_name)
     if len(model.tuner.active_adapters) > 1:
@@ -187,7 +239,7 @@ def merged(model: InterventionModel, adapter_name: str | None = None) -> Iterato
 
 @dataclass(frozen=True)
 class _Layer:
-    """One LoRA layer of PEFT."""
+    """Hold what one LoRA layer of PEFT is."""
 
     a: Tensor  # [rank inputs]
     b: Tensor  # [outputs rank]
@@ -201,7 +253,11 @@ class _Layer:
 
 
 def _layers(model: InterventionModel, adapter_name: str | None) -> dict[str, _Layer]:
-    """By module path. Raises `ValueError` for a node that PEFT's LoRA cannot express."""
+    """Return the layers by the paths of their modules.
+
+    Raises:
+        ValueError: a node that PEFT's LoRA cannot express.
+    """
     grouped: dict[str, list[PlannedNode]] = {}
     for planned in model.plan(adapter_name).nodes:
         name, intervention, positions = planned.node.name, planned.node.intervention, planned.node.positions
@@ -259,7 +315,11 @@ def _state_dict(layers: dict[str, _Layer]) -> dict[str, Tensor]:
 
 
 def _read(model_id: str, subfolder: str | None = None, **hub: Any) -> dict[str, dict[str, Tensor]]:
-    """`{module: {"A": …, "B": …}}` of a checkpoint; raises `ValueError` for anything else in it."""
+    """Read a checkpoint as `{module: {"A": …, "B": …}}`.
+
+    Raises:
+        ValueError: anything else in it.
+    """
     if os.path.isdir(model_id):
         file = os.path.join(model_id, subfolder or "", WEIGHTS)
         if not os.path.exists(file):
@@ -270,15 +330,15 @@ def _read(model_id: str, subfolder: str | None = None, **hub: Any) -> dict[str, 
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated or damaged ({error}): save or copy it again") from error
-    found: dict[str, dict[str, Tensor]] = {}
+    pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
             raise ValueError(f"{file} holds {key!r}, for which a LoRA node has no counterpart: load it by peft")
-        found.setdefault(match["module"], {})[match["letter"]] = tensor
-    for module, pair in found.items():
+        pairs.setdefault(match["module"], {})[match["letter"]] = tensor
+    for module, pair in pairs.items():
         if pair.keys() != {"A", "B"}:
             raise ValueError(f"{file} holds only one of the two factors of {module!r}: it is damaged, copy it again")
-    if not found:
+    if not pairs:
         raise ValueError(f"{file} holds no weights")
-    return found
+    return pairs

@@ -32,7 +32,7 @@ _TORCH = {
 
 @renamed(folder="directory")
 def export_head(model: InterventionModel, name: str, directory: str | os.PathLike | None = None) -> nn.Module:
-    """A copy of a head as a module that needs torch alone: hidden states [… width] ↦ predictions [… outputs].
+    """Copy a head as a module that needs torch alone: hidden states [… width] ↦ predictions [… outputs].
 
     It is an `nn.Linear`, or an `nn.Sequential` of linear maps and activations, the head's own `activation` last. It
     takes what the site gives at the selected tokens, in the head's dtype, and with `pool="mean"` their mean.
@@ -46,6 +46,19 @@ def export_head(model: InterventionModel, name: str, directory: str | os.PathLik
         KeyError: no node of that name.
         ValueError: a node that is no linear or MLP head, `pool="attention"`, or an activation that torch has no
             module for; with `directory`, positions given by a function, which no file can hold.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> head = rh.Node(rh.MLPHead(3, hidden=16, act_fn="gelu"), layer=2, positions="l1", name="mood")
+        >>> rh.export_head(rh.InterventionModel(base, rh.InterventionGraph(head)), "mood")
+        Sequential(
+          (0): Linear(in_features=192, out_features=16, bias=True)
+          (1): GELU(approximate='none')
+          (2): Linear(in_features=16, out_features=3, bias=True)
+        )
+        ```
     """
     planned, maps = head_maps(model, name)
     head = planned.node.intervention
@@ -68,7 +81,7 @@ def export_head(model: InterventionModel, name: str, directory: str | os.PathLik
 
 
 def head_maps(model: InterventionModel, name: str) -> tuple[PlannedNode, list[nn.Linear]]:
-    """A head's place in the model, and copies of its linear maps in the order in which they act.
+    """Return a head's place in the model, and copies of its linear maps in the order in which they act.
 
     Raises:
         KeyError: no node of that name.

@@ -78,9 +78,7 @@ def solve(stack: Stack, part: Int[Tensor, "seeds N"], strength: float) -> tuple[
         for y, train in zip(of_site, stack.of_members(part == TRAIN), strict=True):
             solutions.append(_closed(stack.head, whole[train.cpu()], y[train].cpu().numpy(), strength))
     shape = stack.y.shape[:2]
-    W, b = (
-        torch.from_numpy(np.stack(all_of)).to(stack.x).unflatten(0, shape) for all_of in zip(*solutions, strict=True)
-    )
+    W, b = (torch.from_numpy(np.stack(each)).to(stack.x).unflatten(0, shape) for each in zip(*solutions, strict=True))
     return {"W": W, **({"b": b} if stack.head.bias else {})}, torch.zeros(shape, dtype=torch.long)
 
 

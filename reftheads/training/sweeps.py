@@ -20,13 +20,21 @@ from reftheads.training.trainer import InterventionTrainer, own_rates
 
 @dataclass
 class Trial:
-    """One adapter of a sweep.
+    """Hold what became of one adapter of a sweep.
 
     Attributes:
         adapter_name: under which it is in the model.
         learning_rate, seed: what it was trained and begun with.
         losses: its training loss, a mean for every time that the trainer logs.
         eval_loss: its loss on the rows for evaluation; `None` without such rows.
+
+    Example:
+        ```python
+        >>> from reftheads.training import Trial
+        >>> trials = [Trial("trial_0", 1e-2, 0, [0.9, 0.4], 0.5), Trial("trial_1", 1e-3, 0, [0.9, 0.7], 0.8)]
+        >>> min(trials, key=lambda trial: trial.eval_loss).learning_rate
+        0.01
+        ```
     """
 
     adapter_name: str
@@ -56,13 +64,13 @@ def sweep(
     seeds: Sequence[int] = (0,),
     **kwargs: Any,
 ) -> tuple[InterventionModel, list[Trial]]:
-    """Trains the same graph with every learning rate and from every seed, all of them in each step.
+    """Train the same graph with every learning rate and from every seed, all of these trials in each step.
 
-    The rows of a batch are taken once for every trial; what the base model computes of them below and before the
-    graph's cone of influence is recorded once, and above it the trials' rows go through the base model as one
-    batch, each node with its weights stacked. Every trial has its own learning rate, optimiser state and clipping of
-    gradients. Its weights are those of a run of its own with `args.learning_rate` set to its rate, and with the same
-    order of the data; dropout in nodes draws other numbers. A node with `lr` keeps that rate in every trial.
+    What the base model computes of a batch below and before the graph's cone of influence is recorded once. Above it,
+    the rows of all trials go through the base model as one batch, and the weights of each node are stacked. Every trial
+    has its own learning rate, optimiser state and clipping of gradients. Its weights are those of a run of its own with
+    `args.learning_rate` set to its rate, and with the same order of the data; dropout in nodes draws other numbers. A
+    node with `lr` keeps that rate in every trial.
 
     Where the base model can reuse nothing (see `InterventionModel.reuse_summary`) the trials take turns in every
     step, with the same result.
@@ -84,6 +92,22 @@ def sweep(
 
     Raises:
         ValueError: no seed.
+
+    Example:
+        ```python
+        >>> import tempfile
+        >>> import reftheads as rh
+        >>> from transformers import TrainingArguments
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> rows = rh.encode_pairs(tokenizer, ["Tell me about owls."], ["Owls hoot."])
+        >>> graph = rh.InterventionGraph(rh.Node(rh.LoReFT(4), layer=3, positions="l1"))
+        >>> options = {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
+        >>> args = TrainingArguments(tempfile.mkdtemp(), max_steps=2, **options)
+        >>> model, trials = rh.sweep(base, tokenizer, rows, graph, args, learning_rates=[1e-3, 1e-2], seeds=[0, 1])
+        {'train_runtime': ...}
+        >>> [(trial.adapter_name, trial.learning_rate, trial.seed) for trial in trials][1:3]
+        [('trial_1', 0.001, 1), ('trial_2', 0.01, 0)]
+        ```
     """
     rates = list(learning_rates) or [args.learning_rate]
     trials = [
@@ -111,7 +135,7 @@ def sweep(
 
 
 class _SweepTrainer(InterventionTrainer):
-    """Trains all adapters of a model at once, every one as if it were alone."""
+    """Train all adapters of a model at once, every one as if it were alone."""
 
     def __init__(self, model: InterventionModel, args: TrainingArguments, trials: Sequence[Trial], **kwargs: Any):
         model.tuner.layer.set_adapter([trial.adapter_name for trial in trials])
@@ -120,18 +144,19 @@ class _SweepTrainer(InterventionTrainer):
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         self._counted = 0
 
-    def _own(self, trial: Trial) -> dict[str, nn.Parameter]:
+    def _parameters_of(self, trial: Trial) -> dict[str, nn.Parameter]:
         prefix = f"base_model.model.interventions.rh_nodes.{trial.adapter_name}."
         return {name: p for name, p in self.model.named_parameters() if name.startswith(prefix) and p.requires_grad}
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         decayed = set(self.get_decay_parameter_names(self.model))
-        groups = [
-            {"params": parameters, "lr": trial.learning_rate, "weight_decay": decay}
-            for trial in self.trials
-            for decays, decay in ((True, self.args.weight_decay), (False, 0.0))
-            if (parameters := [p for name, p in self._own(trial).items() if (name in decayed) == decays])
-        ]
+        groups = []
+        for trial in self.trials:
+            named = self._parameters_of(trial)
+            for names, decay in ((decayed, self.args.weight_decay), (named.keys() - decayed, 0.0)):
+                parameters = [p for name, p in named.items() if name in names]
+                if parameters:
+                    groups.append({"params": parameters, "lr": trial.learning_rate, "weight_decay": decay})
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[arg-type]
         self.optimizer = kind(groups, **options)
         own_rates(self.optimizer, self.model)
@@ -172,7 +197,7 @@ class _SweepTrainer(InterventionTrainer):
     def _together(
         self, model: nn.Module, inputs: dict[str, Any], rows: int, num_items: Tensor | int | None
     ) -> dict[str, Tensor] | None:
-        """The loss of every trial from one pass; `None` where the base model can reuse nothing."""
+        """Return the loss of every trial from one pass; `None` where the base model can reuse nothing."""
         names = [trial.adapter_name for trial in self.trials]
         with self._reusing(model, inputs):
             if self._replay is None or self._replay.limits.why_plain() is not None or len(names) == 1:
@@ -187,14 +212,13 @@ class _SweepTrainer(InterventionTrainer):
         scale = self.current_gradient_accumulation_steps if options else 1
         losses = {}
         for name in names:
-            heads = [
-                head.weighted(out.losses[key], out.counts[key], self.model.node(str(node.name), name).stored()) / scale
-                for node in self.model.plan(name).graph
-                if isinstance(head := node.intervention, Head)
-                and (key := f"{name}/{node.name}") in (out.get("losses") or {})
-            ]
-            own = [] if out.get("adapter_loss") is None else [out.adapter_loss[name]]
-            losses[name] = torch.stack([*own, *heads]).sum()
+            parts = [] if out.get("adapter_loss") is None else [out.adapter_loss[name]]
+            for node in self.model.plan(name).graph:
+                head, key = node.intervention, f"{name}/{node.name}"
+                if isinstance(head, Head) and key in (out.get("losses") or {}):
+                    stored = self.model.node(str(node.name), name).stored()
+                    parts.append(head.weighted(out.losses[key], out.counts[key], stored) / scale)
+            losses[name] = torch.stack(parts).sum()
         return losses
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -205,7 +229,7 @@ class _SweepTrainer(InterventionTrainer):
         super().log(logs, *args, **kwargs)
 
     def note_losses(self) -> None:
-        """Gives every trial its mean loss of the steps since the last time."""
+        """Give every trial its mean loss of the steps since the last time."""
         steps = self.state.global_step - self._counted
         for trial in self.trials if steps else ():
             trial.losses.append(float(self._sums.pop(trial.adapter_name)) / steps)
