@@ -119,14 +119,7 @@ def side_by_side(
     clock = Clock()
     with redirect_stdout(None):  # a Trainer prints what it logs
         _, trials = rh.sweep(
-            base,
-            graph,
-            args,
-            train_dataset=rows,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            learning_rates=rates,
-            callbacks=[clock],
+            base, tokenizer, rows, graph, args, eval_rows=held_out, learning_rates=rates, callbacks=[clock]
         )
     return {trial.learning_rate: trial.eval_loss for trial in trials}, clock.seconds
 

@@ -1,7 +1,8 @@
 """How well does each way of fine-tuning do with k examples? Models × modes × k × seeds.
 
 Encoders get a classifier on the mean of their tokens; language models learn the answer's text. A mode says which
-weights are trained: all, whole blocks, biases, LoRA, LoReFT, or the classifier alone; see `reftheads.fewshot`.
+weights are trained: all, whole blocks, biases, LoRA, LoReFT, or the classifier alone; see `reftheads.fewshot`. Names of
+LoRA and LoReFT are those of `reftheads.preset`.
 
     python recipes/few_shot_finetune.py --task rating --data FOLDER_OR_HUB_ID --models ENCODER --modes all,lora4,probe
     python recipes/few_shot_finetune.py --task qa --data FOLDER --models tiny-chat,gpt2-medium --ks 0,1,8 --seeds 0,1,2
@@ -163,7 +164,7 @@ def answers_of(model, tokenizer, task: fs.Task, prompts: list, batch: int, max_l
 
 # --- training ---
 
-MODES = ["all", "last", "lora4", "loreft4"]
+MODES = ["all", "last", "lora4:cs330", "loreft4:f1+l1"]
 RATES = {
     "all": 5e-5, "first": 1e-4, "middle": 1e-4, "last": 1e-4, "lora": 2e-3, "loreft": 5e-3, "bitfit": 1e-3,
     "head": 1e-3, "probe": 1e-2,

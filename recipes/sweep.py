@@ -43,11 +43,11 @@ def main(
             watch = Watch(bar, f"rank {rank}, {len(rates) * len(seeds)} adapters side by side")
             adapters, trials = rh.sweep(
                 base,
+                tokenizer,
+                encode(tokenizer, demonstrations),
                 rh.InterventionGraph(node),
                 arguments(steps, rates[0]),
-                train_dataset=encode(tokenizer, demonstrations),
-                eval_dataset=encode(tokenizer, held_out),
-                processing_class=tokenizer,
+                eval_rows=encode(tokenizer, held_out),
                 learning_rates=rates,
                 seeds=seeds,
                 reuse=store,
@@ -55,7 +55,7 @@ def main(
             )
             seconds[rank] = watch.seconds
             for trial in bar.track(trials, description=f"rank {rank}, {QUESTIONS} questions to each"):
-                adapters.set_adapter(trial.adapter)
+                adapters.set_adapter(trial.adapter_name)
                 answers = rh.reply(adapters, tokenizer, [example.question for example in held_out])
                 judged = scores(answers, held_out)
                 results.append(Result(rank, trial.learning_rate, trial.seed, trial.eval_loss, **judged))

@@ -172,7 +172,7 @@ def nodes_below(method: str, base, lora: str, loreft: rh.LoReFT, positions: str)
         return rh.preset(lora, base).nodes
     if method == "loreft":
         layers = range(base.config.num_hidden_layers)
-        return rh.InterventionGraph.over(layers, loreft, positions, name="edit").nodes
+        return rh.InterventionGraph.over(loreft, layers, positions, name="edit").nodes
     return ()
 
 

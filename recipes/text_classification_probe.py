@@ -45,8 +45,8 @@ def main(
     eval_rows = None if test is None else encode(tokenizer, test, columns, classes, max_length)
     probes = rh.fit_probes(
         probed,
-        rows,
         tokenizer,
+        rows,
         eval_rows=eval_rows,
         control=control,
         seeds=seeds,

@@ -5,14 +5,19 @@ import inspect
 import re
 import subprocess
 import sys
+from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from support.paths import ROOT, TESTS
 
 import reftheads as rh
 
 PACKAGE = Path(rh.__file__).parent
+tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")  # pytest brings the latter
 
 # A package imports only from floors below its own. docs/architecture.md shows the same table.
 FLOORS = [
@@ -126,6 +131,49 @@ def test_nothing_is_unpickled_and_no_remote_code_is_trusted(path):
                 given = ast.unparse(keyword.value)
                 assert keyword.arg != "trust_remote_code" or given == "False", f"line {node.lineno}"
                 assert keyword.arg != "weights_only" or given == "True", f"line {node.lineno}"
+
+
+# required, and imported by nothing here
+REQUIRED_BY_OTHERS = {
+    "bitsandbytes": "transformers imports it where weights are loaded in 4 or 8 bits, as by load_base(bits=…)",
+    "pyvene": "the format of its interventions is to be read and written by reftheads.interop",
+}
+
+
+places = cache(packages_distributions)  # it reads all that is installed
+
+
+def distributions(names: set[str]) -> set[str]:
+    """The distributions that modules from outside come from."""
+    outside = {name.split(".")[0] for name in names} - {*sys.stdlib_module_names, "reftheads"}
+    return {canonicalize_name(place) for name in outside for place in places().get(name, [f"{name}, not installed"])}
+
+
+def imports_by_kind() -> dict[str, set[str]]:
+    """What the package imports "always", "late" (within functions), and for "types" alone, as distributions."""
+    found: dict[str, set[str]] = {"always": set(), "late": set(), "types": set()}
+    for path in sources():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for statement in tree.body:
+            typing = isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING"
+            late = isinstance(statement, ast.FunctionDef | ast.ClassDef)
+            found["types" if typing else "late" if late else "always"] |= distributions(imported(statement))
+    return found
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {canonicalize_name(Requirement(requirement).name) for requirement in requirements}
+
+    required = names(project["dependencies"])
+    optional = {name for requirements in project["optional-dependencies"].values() for name in names(requirements)}
+    used = imports_by_kind()
+    assert used["always"] <= required, "imported, and no dependency"
+    assert used["late"] <= required | optional, "imported within functions, and in no extra"
+    assert used["types"] <= required | optional, "imported for types, and in no extra"
+    assert required - used["always"] - used["late"] == REQUIRED_BY_OTHERS.keys(), "a dependency, and never imported"
 
 
 def test_every_public_name_exists_and_is_documented():

@@ -46,7 +46,7 @@ def test_a_store_serves_what_was_recorded(batch, tmp_path):
     shutil.copytree(SAVED / "store", tmp_path / "store")
     torch.manual_seed(0)
     model = rh.InterventionModel(make.llama(), make.trained_graph())
-    store = rh.ActivationStore(folder=tmp_path / "store")
+    store = rh.ActivationStore(directory=tmp_path / "store")
     with model.reusing(store):
         loss = model(**batch).loss
     assert store.misses == 0 and store.hits > 0

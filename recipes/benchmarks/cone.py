@@ -267,7 +267,7 @@ def llama(setup: Setup) -> LlamaForCausalLM:
 def language_model(shape: Shape, base: LlamaForCausalLM, setup: Setup) -> Case:
     batch, prompts = rows_of(shape, setup)
     layers = shape.edited(setup.layers)
-    graph = rh.InterventionGraph.over(layers, rh.LoReFT(rank=RANK), shape.positions, name="n")
+    graph = rh.InterventionGraph.over(rh.LoReFT(rank=RANK), layers, shape.positions, name="n")
     ours = rh.InterventionModel(sharing(base), graph)
     losses = with_reftheads(ours, batch)
     columns = [shape.columns(prompt) for prompt in prompts]

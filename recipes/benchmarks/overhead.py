@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reftheads as rh
+from reftheads.graph import Context
 from reftheads.graph.node import NodeModule, Shape
 
 
@@ -62,7 +63,7 @@ def orthonormal_cost(width: int = 4096, rank: int = 8, tokens: tuple[int, int] =
     leaves = [*node.parameters(), r, w, b, h_trained]
 
     def ours(h: Tensor) -> Tensor:
-        return node(None, h, rh.Context())
+        return node(None, h, Context())
 
     def plain(h: Tensor) -> Tensor:
         return h + (h @ w.T + b - h @ r.T) @ r
@@ -142,7 +143,7 @@ def cost_of_a_node(layers: int = 32, width: int = 256, rank: int = 4, tokens: in
     """
     base = llama(layers, width)
     ours = rh.InterventionModel(
-        copy.deepcopy(base), rh.InterventionGraph.over(range(layers), rh.LoReFT(rank), positions="l1")
+        copy.deepcopy(base), rh.InterventionGraph.over(rh.LoReFT(rank), range(layers), positions="l1")
     ).eval()
     hooked = with_bare_hooks(copy.deepcopy(base), rank)
     pyreft = with_pyreft(copy.deepcopy(base), rank, tokens)
@@ -170,7 +171,7 @@ def generation_speed(layers: int = 8, width: int = 256, new_tokens: int = 64, re
     Target: at least 0.98×.
     """
     base = llama(layers, width)
-    graph = rh.InterventionGraph.over(range(layers), rh.LoReFT(rank=4), positions="f1+l1")
+    graph = rh.InterventionGraph.over(rh.LoReFT(rank=4), range(layers), positions="f1+l1")
     ours = rh.InterventionModel(copy.deepcopy(base), graph).eval()
     ids = torch.randint(0, 1000, (4, 32))
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}

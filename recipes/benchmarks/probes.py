@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
 import reftheads as rh
+from reftheads.probing import Probes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where _common.py is
 
@@ -158,9 +159,9 @@ def early_stop(rows: list[dict], kind: str) -> Callable[[], None]:
     return step
 
 
-def fit(model: rh.InterventionModel, rows: list[dict], epochs: int, batch: int) -> rh.Probes:
+def fit(model: rh.InterventionModel, rows: list[dict], epochs: int, batch: int) -> Probes:
     return rh.fit_probes(
-        model, rows, Padding(), eval_rows=rows[:ROWS], validation=0, seeds=(0,), epochs=epochs, batch_size=batch,  # type: ignore[arg-type]
+        model, Padding(), rows, eval_rows=rows[:ROWS], validation=0, seeds=(0,), epochs=epochs, batch_size=batch,  # type: ignore[arg-type]
         recording_batch_size=ROWS,
     )  # fmt: skip
 

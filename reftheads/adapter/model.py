@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from torch import nn
 
+from reftheads._utils.deprecation import deprecate, renamed
 from reftheads.adapter.checkpoint import SavablePeftModel
 from reftheads.adapter.config import InterventionConfig
 from reftheads.graph.graph import InterventionGraph
@@ -109,7 +110,7 @@ class InterventionModel(SavablePeftModel):
         """Compute in calls within the block only what the graph can change, and take the rest from a store.
 
         Losses and gradients are those of a plain call. The output has no logits, and the activations of the frozen
-        base model are computed once for every content; see `plan_summary` for what that spares. A call that asks
+        base model are computed once for every content; see `reuse_summary` for what that spares. A call that asks
         for more, such as `output_hidden_states`, is a plain one, and so is one in a state of the model in which
         the result could differ.
 
@@ -135,28 +136,31 @@ class InterventionModel(SavablePeftModel):
         with self.tuner.layer.silent():
             yield
 
-    def node(self, name: str, adapter: str | None = None) -> NodeModule:
+    @renamed(adapter="adapter_name")
+    def node(self, name: str, adapter_name: str | None = None) -> NodeModule:
         """Return the parameters of a node, by the paper's letters: `model.node("emoji").R`.
 
         Args:
             name: of the node.
-            adapter: the adapter whose node it is; the (first) active one if left out.
+            adapter_name: the adapter whose node it is; the (first) active one if left out.
 
         Raises:
             KeyError: no such node or adapter.
         """
-        return self.tuner.node(name, adapter)
+        return self.tuner.node(name, adapter_name)
 
-    def plan(self, adapter: str | None = None) -> Plan:
+    @renamed(adapter="adapter_name")
+    def plan(self, adapter_name: str | None = None) -> Plan:
         """Return the compiled graph of an adapter; of the (first) active one if left out."""
-        return self.tuner.plan(adapter)
+        return self.tuner.plan(adapter_name)
 
-    def summary(self, adapter: str | None = None) -> None:
+    @renamed(adapter="adapter_name")
+    def summary(self, adapter_name: str | None = None) -> None:
         """Print a table, one line per node: what it is, where, its width, positions and number of parameters."""
-        self.tuner.summary(adapter)
+        self.tuner.summary(adapter_name)
 
-    def plan_summary(self, batch: Mapping[str, Any] | None = None) -> None:
-        """Prints what `reusing` reuses in the state that the model is in, what it does not, and why.
+    def reuse_summary(self, batch: Mapping[str, Any] | None = None) -> str:
+        """Say what `reusing` reuses in the state that the model is in, what it does not, and why.
 
         Args:
             batch: rows as for a call; then also the share of a plain training step's floating-point operations that
@@ -165,7 +169,12 @@ class InterventionModel(SavablePeftModel):
         Raises:
             ValueError: a model in which nothing can be reused, since it has no one stack of blocks.
         """
-        print(describe(self.replay(), [] if batch is None else [batch]))
+        return describe(self.replay(), [] if batch is None else [batch])
+
+    def plan_summary(self, batch: Mapping[str, Any] | None = None) -> None:
+        """Print `reuse_summary`, which replaces it."""
+        deprecate("InterventionModel.plan_summary(batch)", "print(InterventionModel.reuse_summary(batch))")
+        print(self.reuse_summary(batch))
 
     def replay(self, store: ActivationStore | None = None) -> Replay:
         """Return what computes only what the graph can change, with a store or none.

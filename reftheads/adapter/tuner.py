@@ -12,6 +12,7 @@ from peft.utils import register_peft_method
 from rich.table import Table
 from torch import Tensor, nn
 
+from reftheads._utils.deprecation import renamed
 from reftheads.adapter.config import InterventionConfig
 from reftheads.adapter.files import check_weights
 from reftheads.graph.graph import render
@@ -181,31 +182,34 @@ class InterventionTuner(BaseTuner):
 
     # --- what users ask -------------------------------------------------------------------------------------
 
-    def node(self, name: str, adapter: str | None = None) -> NodeModule:
+    @renamed(adapter="adapter_name")
+    def node(self, name: str, adapter_name: str | None = None) -> NodeModule:
         """Return the parameters of a node, by the paper's letters: `tuner.node("emoji").R`.
 
         Args:
             name: of the node.
-            adapter: the adapter whose node it is; the (first) active one if left out.
+            adapter_name: the adapter whose node it is; the (first) active one if left out.
 
         Raises:
             KeyError: no such node or adapter.
         """
-        plan = self.plan(adapter)
-        return self.layer.rh_nodes[adapter or self.active_adapters[0]][plan.graph[name].key]  # type: ignore[index,return-value]
+        plan = self.plan(adapter_name)
+        return self.layer.rh_nodes[adapter_name or self.active_adapters[0]][plan.graph[name].key]  # type: ignore[index,return-value]
 
-    def plan(self, adapter: str | None = None) -> Plan:
+    @renamed(adapter="adapter_name")
+    def plan(self, adapter_name: str | None = None) -> Plan:
         """Return the compiled graph of an adapter; of the (first) active one if left out.
 
         Raises:
             KeyError: no such adapter.
         """
-        adapter = adapter or self.active_adapters[0]
-        if adapter not in self.layer.plans:
-            raise KeyError(f"no adapter {adapter!r}: there are {', '.join(self.layer.plans)}")
-        return self.layer.plans[adapter]
+        adapter_name = adapter_name or self.active_adapters[0]
+        if adapter_name not in self.layer.plans:
+            raise KeyError(f"no adapter {adapter_name!r}: there are {', '.join(self.layer.plans)}")
+        return self.layer.plans[adapter_name]
 
-    def summary(self, adapter: str | None = None) -> None:
+    @renamed(adapter="adapter_name")
+    def summary(self, adapter_name: str | None = None) -> None:
         """Print a table, one line per node: what it is, where, its width, positions and number of parameters.
 
         Raises:
@@ -214,9 +218,9 @@ class InterventionTuner(BaseTuner):
         table = Table("node", "what", "where", "module", "width", "positions", "parameters", box=None, pad_edge=False)
         counted: set[str] = set()  # by key: nodes with the same one share their parameters
         total = 0
-        for planned in self.plan(adapter).nodes:
+        for planned in self.plan(adapter_name).nodes:
             node, address = planned.node, planned.address
-            count = sum(p.numel() for p in self.node(str(node.name), adapter).parameters())
+            count = sum(p.numel() for p in self.node(str(node.name), adapter_name).parameters())
             shared = node.key in counted
             counted.add(node.key)
             total += 0 if shared else count

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from reftheads._utils.deprecation import reordered
 from reftheads.graph.node import Head, Intervention, Node, Reader
 from reftheads.graph.positions import Positions
 
@@ -44,19 +45,21 @@ class InterventionGraph:
                 )
 
     @classmethod
+    @reordered("cls", "layers", "intervention", "positions", intervention=Intervention)
     def over(
         cls,
-        layers: Iterable[int],
         intervention: Intervention,
+        layers: Iterable[int],
         positions: Any = "all",
         *,
         tied: bool = True,
         name: str | None = None,
         **where: Any,
     ) -> "InterventionGraph":
-        """The same intervention at several layers, each layer with parameters of its own.
+        """Make a graph of the same intervention at several layers, each with parameters of its own.
 
         Args:
+            intervention: what is done at each of them.
             layers: indices of blocks; negative ones count from the end.
             tied: one node a layer for all its positions; `False` makes one for each part of a sum, so
                 that `f7+l7` edits prefix and suffix by different weights.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from reftheads._utils.lazy import cached
-from reftheads.graph.node import Context, Edit, Params, Shape, read_dtype
+from reftheads.graph.node import Context, Edit, Params, Shape, keep_name_of_dtype, read_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -47,7 +47,7 @@ class LowRank(Edit):
         act_fn: name of an activation of transformers, applied to Wh + b.
         dropout: probability, on the edited hidden states in training mode, where pyreft has it.
         bias: whether Wh has a bias b.
-        dtype: of the parameters and of the computation.
+        dtype: of the parameters and of the computation, such as `torch.bfloat16` or its name; the name is kept.
         init: "orthogonal" starts at random as pyreft does, "identity" at an edit that changes nothing.
 
     Raises:
@@ -58,7 +58,7 @@ class LowRank(Edit):
     act_fn: str | None = None
     dropout: float = 0.0
     bias: bool = True
-    dtype: str = "float32"
+    dtype: str | torch.dtype = "float32"
     init: Literal["orthogonal", "identity"] = "orthogonal"
 
     orthonormal: ClassVar[bool] = True
@@ -79,7 +79,7 @@ class LowRank(Edit):
             raise ValueError(f"{kind} has the constant b alone as its source: leave act_fn and bias out")
         if self.init == "identity" and self.subtracts and (not self.reads or self.act_fn is not None):
             raise ValueError(f"{kind} with act_fn={self.act_fn!r} is never the identity: use init='orthogonal'")
-        read_dtype(self.dtype)
+        keep_name_of_dtype(self)
 
     @property
     def letters(self) -> dict[str, str]:  # type: ignore[override]
@@ -190,10 +190,13 @@ class ScaleAndBias(Edit):
     """Representation editing (RED): h ↦ s ⊙ h + b, starting at the identity (s = 1, b = 0).
 
     Args:
-        dtype: of the parameters and of the computation.
+        dtype: of the parameters and of the computation, such as `torch.bfloat16` or its name; the name is kept.
     """
 
-    dtype: str = "float32"
+    dtype: str | torch.dtype = "float32"
+
+    def __post_init__(self) -> None:
+        keep_name_of_dtype(self)
 
     def parameters(self, shape: Shape) -> dict[str, Tensor]:
         dtype = read_dtype(self.dtype)

@@ -31,7 +31,7 @@ def choose_store(
     if isinstance(wanted, ActivationStore):
         return wanted, "as given"
     if wanted == "disk":
-        return ActivationStore(folder=folder), f"disk: {_about(size)}in {folder}"
+        return ActivationStore(directory=folder), f"disk: {_about(size)}in {folder}"
     if wanted == "auto" and size is None:
         return None, "none: how many rows there are is not known"
     if wanted == "auto" and seen_once:

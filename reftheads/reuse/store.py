@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reftheads._utils.atomic import remove_abandoned, replacing
+from reftheads._utils.deprecation import renamed
 from reftheads._utils.memory import free_bytes
 
 FORMAT = "reftheads activations 1"
@@ -45,8 +46,8 @@ class ActivationStore:
 
     Args:
         budget: bytes kept in memory; None for half of the main memory that is free now.
-        folder: where files are written, made if there is none; None to keep entries in memory only.
-        disk_budget: bytes of the files in the folder; None for half of what they could take now.
+        directory: where files are written, made if there is none; None to keep entries in memory only.
+        disk_budget: bytes of the files in the directory; None for half of what they could take now.
         device: where entries are kept in memory; None for where they were computed, or for the CPU if they were
             read from disk.
 
@@ -58,7 +59,7 @@ class ActivationStore:
         disk_bytes: taken by the files that this store knows of.
 
     Raises:
-        ValueError: a negative budget, or a folder that is a file.
+        ValueError: a negative budget, or a directory that is a file.
 
     Example:
         ```python
@@ -73,10 +74,11 @@ class ActivationStore:
         ```
     """
 
+    @renamed(folder="directory")
     def __init__(
         self,
         budget: int | None = None,
-        folder: str | os.PathLike | None = None,
+        directory: str | os.PathLike | None = None,
         disk_budget: int | None = None,
         device: torch.device | str | None = None,
     ):
@@ -85,17 +87,17 @@ class ActivationStore:
                 raise ValueError(f"{name}={limit}: give a number of bytes >= 0, or None for half of what is free")
         self.hits = self.misses = self.evictions = self.recomputed = self.bytes = self.disk_bytes = 0
         self.budget = free_bytes() // 2 if budget is None else budget
-        self.folder = None if folder is None else Path(folder)
+        self.directory = None if directory is None else Path(directory)
         self.disk_budget = disk_budget or 0
         self.device = None if device is None else torch.device(device)
         self._memory: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # these two: least recently used first
         self._files: OrderedDict[Path, _File] = OrderedDict()
         self._path: dict[str, Path] = {}
         self._verified: set[str] = set()
-        if self.folder is not None:
-            self._open(self.folder)
+        if self.directory is not None:
+            self._open(self.directory)
             if disk_budget is None:  # files of an earlier run count as free: else every run would halve the budget
-                self.disk_budget = (shutil.disk_usage(self.folder).free + self.disk_bytes) // 2
+                self.disk_budget = (shutil.disk_usage(self.directory).free + self.disk_bytes) // 2
             self._make_room_on_disk(0)
 
     @torch.inference_mode(False)
@@ -135,8 +137,8 @@ class ActivationStore:
             _check(key, entry)
         for key in entries:
             self._forget(key)
-        if self.folder is not None and entries:
-            self._write(self.folder, entries)
+        if self.directory is not None and entries:
+            self._write(self.directory, entries)
         for key, entry in entries.items():
             self._keep(key, self._detached(entry))
 

@@ -24,7 +24,7 @@ def test_the_modes_select_as_many_tensors_as_the_course_says():
     medium = gpt2(24)  # the depth of gpt2-medium
     for mode in ("first", "middle", "last"):
         assert len(fs.parameters_to_fine_tune(medium, mode)) == 24
-    assert len(fs.parameters_to_fine_tune(fs.fine_tuning_model(medium, "lora4"), "lora4")) == 144
+    assert len(fs.parameters_to_fine_tune(fs.fine_tuning_model(medium, "lora4:cs330"), "lora4")) == 144
 
 
 def names(model: torch.nn.Module, mode: str) -> list[str]:
@@ -58,7 +58,7 @@ def test_biases_and_output_layers():
 
 
 @pytest.mark.parametrize("make", [lambda: gpt2(2), tiny_bert, tiny_llama], ids=["gpt2", "bert", "llama"])
-@pytest.mark.parametrize("mode", ["all", "first:1", "lora2", "loreft2", "probe", "loreft2:all"])
+@pytest.mark.parametrize("mode", ["all", "first:1", "lora2", "lora2:cs330", "loreft2", "probe", "loreft2:all"])
 def test_what_a_mode_does_not_train_is_frozen_and_the_head_is_trained_in_all(make, mode):
     model = fs.fine_tuning_model(make(), mode, HEAD)
     chosen = set(fs.parameters_to_fine_tune(model, mode))
@@ -78,7 +78,7 @@ def test_what_a_mode_does_not_train_is_frozen_and_the_head_is_trained_in_all(mak
 def test_lora_begins_at_the_base_exactly_and_its_first_gradient_flows():
     base, ids = gpt2(2).eval(), torch.tensor([[5, 6, 7]])
     expected = base(ids).logits.detach()
-    model = fs.fine_tuning_model(base, "lora2").eval()
+    model = fs.fine_tuning_model(base, "lora2:cs330").eval()
     logits = model(ids).logits
     assert torch.equal(logits, expected)
     logits.sum().backward()
@@ -117,7 +117,7 @@ def test_quantised_weights_are_not_trained_and_what_stands_beside_them_is():
 
 def test_blocks_without_attention_get_lora_too_and_biases_count_under_whatever_name():
     base = recurrent_lfm2()
-    model = fs.fine_tuning_model(base, "lora2")
+    model = fs.fine_tuning_model(base, "lora2:cs330")
     beside = {str(node.name) for node in model.tuner.layer.plans["default"].graph.nodes}
     assert "lora_model_layers_0_conv_in_proj" in beside and "lora_model_layers_1_self_attn_out_proj" not in beside
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -138,7 +138,7 @@ def test_no_biases_are_an_error():
 
 @pytest.mark.parametrize("make", [lambda: gpt2(2), tiny_llama], ids=["Conv1D", "Linear"])
 def test_merging_gives_the_same_logits_and_unmerging_the_same_bits(make):
-    model = fs.fine_tuning_model(make(), "lora3").double().eval()
+    model = fs.fine_tuning_model(make(), "lora3:cs330").double().eval()
     randomise(model)
     base, ids = model.get_base_model(), torch.tensor([[5, 6, 7, 8]])
     before = {name: p.detach().clone() for name, p in base.named_parameters()}
@@ -151,7 +151,7 @@ def test_merging_gives_the_same_logits_and_unmerging_the_same_bits(make):
 
 
 def test_merging_that_fails_leaves_the_weights():
-    model = fs.fine_tuning_model(gpt2(2), "lora3")
+    model = fs.fine_tuning_model(gpt2(2), "lora3:cs330")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(RuntimeError, match="stop"), merged(model):
         raise RuntimeError("stop")
@@ -159,7 +159,7 @@ def test_merging_that_fails_leaves_the_weights():
 
 
 def test_lora_costs_what_the_formula_says():
-    model = fs.fine_tuning_model(gpt2(1), "lora2")
+    model = fs.fine_tuning_model(gpt2(1), "lora2:cs330")
     lines = fs.lora_table(model).columns
     assert fs.lora_ratio(2, 16, 48) == 2 * (16 + 48) / (16 * 48)
     assert list(lines[5].cells)[0] == f"{2 * (16 + 48) / (16 * 48):.2%}"  # c_attn

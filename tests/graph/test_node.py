@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from support.models import WIDTH, random_ids, tiny_llama
 from torch import nn
 
 import reftheads as rh
+from reftheads.graph import Context, Edit, Head, Reader
 from reftheads.graph.node import Constant, Intervention, NodeModule, Shape, read_dtype
 
 
 @dataclass(frozen=True)
-class Amplify(rh.Edit):
+class Amplify(Edit):
     """h ↦ h · (1 + strength · g), with a learned g for every feature."""
 
     strength: float = 1.0
@@ -80,7 +82,7 @@ def test_a_source_that_nobody_would_look_at_is_refused():
 
 def test_a_type_of_ones_own_may_read_a_source_or_do_without():
     @dataclass(frozen=True)
-    class Nudge(rh.Edit):
+    class Nudge(Edit):
         reads_source = True
 
         def parameters(self, shape):
@@ -134,11 +136,25 @@ def test_a_constant_is_a_copy_of_what_was_given():
     assert repr(constant) == "Constant(3)" and repr(Constant(1.0)) == "Constant(scalar)"
 
 
-@pytest.mark.parametrize("name", ["int8", "float33", "nn", 32, torch.float32])
-def test_a_dtype_is_the_name_of_a_float_type(name):
+@pytest.mark.parametrize("name", ["int8", "float33", "nn", 32, torch.int8])
+def test_a_dtype_is_a_float_type_or_its_name(name):
     with pytest.raises(ValueError, match="dtype must be the name of a torch float type such as 'float32'"):
         read_dtype(name)
-    assert read_dtype("bfloat16") is torch.bfloat16
+    assert read_dtype("bfloat16") is torch.bfloat16 and read_dtype(torch.bfloat16) is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "make",
+    [partial(rh.LoReFT, 4), partial(rh.LoRA, 4), rh.ScaleAndBias, partial(rh.LinearHead, 2)],
+)
+def test_a_type_of_torch_is_kept_by_its_name(make):
+    intervention = make(dtype=torch.bfloat16)
+    assert intervention == make(dtype="bfloat16") and intervention.dtype == "bfloat16"
+    graph = rh.InterventionGraph(rh.Node(intervention, layer=0, name="a"))
+    assert rh.InterventionGraph.from_dict(json.loads(json.dumps(graph.to_dict()))) == graph
+    assert next(iter(intervention.parameters(Shape(8, 8)).values())).dtype is torch.bfloat16
+    with pytest.raises(ValueError, match="or the type itself, got torch.int8"):
+        make(dtype=torch.int8)
 
 
 # --- the module ---------------------------------------------------------------------------------------------
@@ -200,12 +216,12 @@ def test_modules_made_from_one_constant_share_nothing_with_it_or_each_other():
 def test_a_module_derives_alone_what_it_is_not_given():
     node, h = NodeModule(rh.LoReFT(rank=2), Shape(6)), torch.randn(1, 3, 6)
     stored = node.stored()
-    with_r = node({**stored, **node.intervention.derive(stored)}, h, rh.Context())
-    assert torch.equal(node(None, h, rh.Context()), with_r)
+    with_r = node({**stored, **node.intervention.derive(stored)}, h, Context())
+    assert torch.equal(node(None, h, Context()), with_r)
     assert torch.allclose(with_r, h + (h @ node.W.T + node.b - h @ node.R.T) @ node.R, atol=1e-6)
 
 
 def test_the_abstract_kinds_cannot_be_made():
-    for kind in (Intervention, rh.Edit, rh.Reader, rh.Head):
+    for kind in (Intervention, Edit, Reader, Head):
         with pytest.raises(TypeError, match="abstract"):
             kind()  # type: ignore[abstract]

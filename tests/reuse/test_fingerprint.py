@@ -109,7 +109,7 @@ def test_another_attention_is_another_fingerprint_and_where_a_model_came_from_is
 
 
 def test_what_adapters_hold_does_not_count():
-    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph.over(range(2), rh.LoReFT(rank=2)))
+    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph.over(rh.LoReFT(rank=2), range(2)))
     known = Fingerprint(model.get_base_model())
     before = str(known)
     randomise(model)

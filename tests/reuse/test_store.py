@@ -170,7 +170,7 @@ def test_entries_live_on_the_device_that_was_asked_for(tmp_path):
 
 
 def test_without_budgets_half_of_what_is_free_is_taken(tmp_path):
-    store = ActivationStore(folder=tmp_path)
+    store = ActivationStore(directory=tmp_path)
     assert 10**6 < store.budget < 10**14 and 10**6 < store.disk_budget < 10**16
 
 
