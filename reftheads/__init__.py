@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from reftheads.adapter.model import InterventionModel
 from reftheads.adapter.tuner import InterventionConfig
-from reftheads.data.rows import Collator, encode_chat, encode_pairs, encode_preferences, mix
+from reftheads.data.collator import Collator
+from reftheads.data.encoding import encode_chat, encode_pairs, encode_preferences
+from reftheads.data.rows import mix
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.node import Context, Edit, Head, Node, Reader, Shape
 from reftheads.graph.positions import Positions, Tokens
