@@ -9,9 +9,11 @@ from reftheads.data.collator import Collator
 from reftheads.data.encoding import encode_chat, encode_pairs, encode_preferences
 from reftheads.data.rows import mix
 from reftheads.graph.graph import InterventionGraph
-from reftheads.graph.node import Context, Edit, Head, Node, Reader, Shape
-from reftheads.graph.positions import Positions, Tokens
+from reftheads.graph.intervention import Context, Edit, Head, Reader, Shape
+from reftheads.graph.node import Node
+from reftheads.graph.positions import Positions
 from reftheads.graph.site import Site
+from reftheads.graph.tokens import Tokens
 from reftheads.inference.conversation import chat, reply
 from reftheads.inference.prediction import predict
 from reftheads.interop.torch_module import export_head

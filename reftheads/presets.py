@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from reftheads.architectures.addresses import StackInfo, stacks
+from reftheads.architectures.structure import StackInfo, stacks
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.node import Node
 from reftheads.graph.site import BLOCK_COMPONENTS, Stack

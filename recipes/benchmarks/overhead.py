@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reftheads as rh
-from reftheads.graph.node import NodeModule, Shape
+from reftheads.graph.intervention import Shape
+from reftheads.runtime.node_module import NodeModule
 
 
 def turns(runs: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 10) -> dict[str, list[float]]:

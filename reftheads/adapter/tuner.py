@@ -22,9 +22,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from reftheads.graph.graph import InterventionGraph, render
-from reftheads.graph.node import NodeModule, check_key
+from reftheads.graph.node import check_key
 from reftheads.runtime.generate import record_prompts
 from reftheads.runtime.interventions import Interventions
+from reftheads.runtime.node_module import NodeModule
 from reftheads.runtime.plan import Plan, compile_graph
 
 PREFIX = "rh_"

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from reftheads.data.rows import INPUTS, Row, complete, flat
-from reftheads.graph.node import IGNORE
+from reftheads.graph.intervention import IGNORE
 
 if TYPE_CHECKING:
     from jaxtyping import Int, Shaped

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from reftheads.graph.node import IGNORE
+from reftheads.graph.intervention import IGNORE
 
 Message = dict[str, str]
 """A turn of a conversation: `{"role": "user", "content": "…"}`."""

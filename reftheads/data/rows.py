@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
-from reftheads.graph.node import IGNORE
+from reftheads.graph.intervention import IGNORE
 
 INPUTS = ("input_ids", "attention_mask", "prompt_mask", "token_type_ids", "position_ids")
 """Columns of a row that say what the model is fed, so that -100 means nothing in them."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reftheads.graph.node import Head
+from reftheads.graph.intervention import Head
 
 if TYPE_CHECKING:
     from jaxtyping import Int, Shaped

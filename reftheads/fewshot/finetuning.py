@@ -9,14 +9,17 @@ from contextlib import suppress
 from torch import nn
 
 from reftheads.adapter.model import InterventionModel
-from reftheads.architectures.addresses import StackInfo, locate, own_modules, stacks
-from reftheads.architectures.blocks import within
+from reftheads.architectures.addresses import locate
+from reftheads.architectures.paths import within
+from reftheads.architectures.structure import StackInfo, own_modules, stacks
 from reftheads.graph.graph import InterventionGraph
-from reftheads.graph.node import Head, Node, NodeModule
+from reftheads.graph.intervention import Head
+from reftheads.graph.node import Node
 from reftheads.graph.site import Site
 from reftheads.interventions.lora import LoRA
 from reftheads.interventions.reft import LoReFT
 from reftheads.presets import linear_modules, lora_name, preset, side_of
+from reftheads.runtime.node_module import NodeModule
 
 MODES = ("all", "first", "middle", "last", "last:3", "lora4", "loreft4", "bitfit", "head", "probe")
 _MODE = re.compile(

@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from reftheads.graph.node import Head, Intervention, Node, Reader
+from reftheads.graph.intervention import Head, Intervention, Reader
+from reftheads.graph.node import Node
 from reftheads.graph.positions import Positions
 
 

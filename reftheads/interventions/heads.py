@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from reftheads.graph.node import IGNORE, Context, Head, Params, Shape, read_dtype
+from reftheads.graph.intervention import IGNORE, Context, Head, Params, Shape, read_dtype
 from reftheads.interventions.losses import Loss, losses, masked_mean, quantile_loss
 
 if TYPE_CHECKING:

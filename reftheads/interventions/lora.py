@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reftheads.graph.node import Context, Edit, Params, Shape, read_dtype
+from reftheads.graph.intervention import Context, Edit, Params, Shape, read_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float

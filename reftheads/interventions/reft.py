@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from reftheads.graph.node import Context, Edit, Params, Shape, read_dtype
+from reftheads.graph.intervention import Context, Edit, Params, Shape, read_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from reftheads.graph.node import Constant, Context, Edit, Params, Reader, Shape
+from reftheads.graph.intervention import Constant, Context, Edit, Params, Reader, Shape
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from reftheads.adapter.model import InterventionModel
 from reftheads.graph.graph import InterventionGraph
-from reftheads.graph.node import Head
+from reftheads.graph.intervention import Head
 from reftheads.training.trainer import InterventionTrainer, own_rates
 
 

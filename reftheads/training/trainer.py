@@ -17,16 +17,17 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from reftheads.adapter.model import InterventionModel
-from reftheads.architectures.addresses import own_modules
+from reftheads.architectures.structure import own_modules
 from reftheads.data.collator import Collator, prompts_only
 from reftheads.data.rows import column_names, column_values, complete_dataset, count_rows
 from reftheads.data.targets import check_column
-from reftheads.graph.node import IGNORE, Head, NodeModule
+from reftheads.graph.intervention import IGNORE, Head
 from reftheads.reuse.budget import choose_store
 from reftheads.reuse.forecast import Forecast, describe
 from reftheads.reuse.replay import Replay
 from reftheads.reuse.store import ActivationStore
 from reftheads.runtime.interventions import Interventions
+from reftheads.runtime.node_module import NodeModule
 
 _BASE = "base"  # folder of a checkpoint
 _SAMPLE = 64  # rows by which the size of a store is estimated

@@ -13,8 +13,9 @@ from support.paths import ROOT
 from torch import Tensor, nn
 
 import reftheads as rh
-from reftheads.graph.node import NodeModule, Shape
+from reftheads.graph.intervention import Shape
 from reftheads.interventions.reft import orthonormalise
+from reftheads.runtime.node_module import NodeModule
 
 LAYER = 1
 EXACT = {"atol": 1e-10, "rtol": 0}
@@ -489,7 +490,7 @@ def documented_type() -> type[rh.Edit]:
     """The example in docs/nodes.md, under a name that no other test uses."""
     text = (ROOT / "docs" / "nodes.md").read_text(encoding="utf-8")
     code = text[text.index("@dataclass") : text.index("\n\n\nbase, ")].replace("Amplify", "Documented")
-    names = {"__name__": __name__, "dataclass": dataclass, "rh": rh, "nn": nn, "torch": torch}
+    names = {"__name__": __name__, "dataclass": dataclass, "Edit": rh.Edit, "nn": nn, "torch": torch}
     exec(code, names)
     return names["Documented"]  # type: ignore[return-value]
 
