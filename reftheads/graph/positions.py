@@ -11,7 +11,6 @@ synchronisation with the host.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -21,87 +20,11 @@ import torch
 from torch import Tensor
 
 from reftheads.graph.selection import Selection
+from reftheads.graph.terms import SYNTAX, Term, capped
 from reftheads.graph.tokens import Tokens
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
-
-_TERM = re.compile(r"(?P<first>f\d+)|(?P<last>l\d+)|(?P<word>all|prompt|generated)|(?P<span>-?\d+|(-?\d+)?:(-?\d+)?)")
-_SYNTAX = "f3, l1, f7+l7, all, prompt, generated, an index such as 3 or -1, a slice such as 2:5, or a sum such as 0+1"
-
-
-@dataclass(frozen=True)
-class _Term:
-    """Select a run of prompt tokens, `start` to `stop` as in a Python slice, or one of the words."""
-
-    text: str
-    start: int | None = None
-    stop: int | None = None
-    word: str | None = None
-
-    @classmethod
-    def read(cls, text: str) -> _Term:
-        match = _TERM.fullmatch(text)
-        if match is None:
-            raise ValueError(f"cannot read positions {text!r}: use {_SYNTAX}")
-        if match["word"]:
-            return cls(text, word=match["word"])
-        if match["first"]:
-            return cls(text, 0, int(text[1:]))
-        if match["last"]:
-            count = int(text[1:])
-            return cls(text, -count, None) if count else cls(text, 0, 0)
-        if ":" in text:
-            start, stop = (int(part) if part else None for part in text.split(":"))
-            return cls(text, start, stop)
-        return cls(text, int(text), None if int(text) == -1 else int(text) + 1)
-
-    @property
-    def is_first(self) -> bool:
-        return self.text.startswith("f")
-
-    @property
-    def is_last(self) -> bool:
-        return self.text.startswith("l")
-
-    @property
-    def has_first_token(self) -> bool:
-        """Return whether the first token of every prompt is meant, for certain."""
-        if self.word:
-            return self.word in ("all", "prompt")
-        return not self.start and self.stop != 0
-
-    @property
-    def bound(self) -> int | None:
-        """Return the most tokens that it can select in a row; `None` if there is no limit."""
-        if self.word:
-            return None
-        start, stop = self.start or 0, self.stop
-        if stop is None:
-            return -start if start < 0 else None
-        if (start < 0) == (stop < 0):
-            return max(stop - start, 0)
-        return stop if start < 0 else None
-
-    def mask(self, tokens: Tokens, half: bool) -> Bool[Tensor, "batch chunk"]:
-        """Return the columns that it selects, of `fN` and `lN` no more than half the prompt if `half`."""
-        if self.word == "prompt":
-            return tokens.in_prompt
-        if self.word:
-            return tokens.known_real if self.word == "all" else tokens.known_real & ~tokens.in_prompt
-        start, stop = self._ends(tokens.prompt_length, half)
-        inside = tokens.in_prompt
-        if start is not None:
-            inside = inside & (tokens.rank >= start)
-        return inside if stop is None else inside & (tokens.rank < stop)
-
-    def _ends(self, length: Int[Tensor, "batch 1"], half: bool) -> list[int | Tensor | None]:
-        """Return start and stop counted from the first token of prompts of this length."""
-        if half and self.is_first:
-            return [0, (length // 2).clamp(max=self.stop)]
-        if half and self.is_last:
-            return [length - (length // 2).clamp(max=-(self.start or 0)), length]
-        return [length + end if end is not None and end < 0 else end for end in (self.start, self.stop)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +63,7 @@ class Positions:
     text: str = "all"
     token_ids: tuple[int, ...] | None = None
     rule: Callable[[Tokens], Bool[Tensor, "batch chunk"]] | None = None
-    _terms: tuple[_Term, ...] = field(init=False, repr=False, default=())
+    _terms: tuple[Term, ...] = field(init=False, repr=False, default=())
     _part: str | None = field(init=False, repr=False, default=None)  # the one term that is meant
     _ids: dict[torch.device, Int[Tensor, " ids"]] = field(init=False, repr=False, default_factory=dict)
 
@@ -148,10 +71,10 @@ class Positions:
         if self.token_ids is not None or self.rule is not None:
             return
         if not isinstance(self.text, str):
-            raise ValueError(f"cannot read positions {self.text!r}: use {_SYNTAX}")
+            raise ValueError(f"cannot read positions {self.text!r}: use {SYNTAX}")
         part, of, whole = "".join(self.text.split()).partition("of")
-        terms = tuple(_Term.read(text) for text in (whole if of else part).split("+"))
-        if of and (part not in whole.split("+") or not _capped(terms)):
+        terms = tuple(Term.read(text) for text in (whole if of else part).split("+"))
+        if of and (part not in whole.split("+") or not capped(terms)):
             raise ValueError(f"cannot read positions {self.text!r}: {part!r} is no part of a sum f… + l…")
         object.__setattr__(self, "text", f"{part} of {whole}" if of else part)
         object.__setattr__(self, "_terms", terms)
@@ -217,7 +140,7 @@ class Positions:
         """Return the rule's terms as rules of their own; the parts of a capped sum stay capped."""
         if len(self._terms) < 2 or self._part is not None:
             return (self,)
-        of = f" of {self.text}" if _capped(self._terms) else ""
+        of = f" of {self.text}" if capped(self._terms) else ""
         return tuple(Positions(term.text + of) for term in self._terms)
 
     @cached_property
@@ -248,7 +171,7 @@ class Positions:
         return total
 
     @property
-    def _active(self) -> tuple[_Term, ...]:
+    def _active(self) -> tuple[Term, ...]:
         """Return the terms that select: all of them, or the one part."""
         return self._terms if self._part is None else tuple(t for t in self._terms if t.text == self._part)
 
@@ -270,8 +193,8 @@ class Positions:
                 raise ValueError(f"positions {self.text!r} look at token ids, but the model was given embeddings only")
             wanted = torch.isin(tokens.input_ids, self._ids_on(tokens.input_ids.device))
             return wanted if tokens.real is None else wanted & tokens.real
-        capped = _capped(self._terms)
-        masks = [term.mask(tokens, half=capped) for term in self._active]
+        half = capped(self._terms)
+        masks = [term.mask(tokens, half) for term in self._active]
         return masks[0] if len(masks) == 1 else torch.stack(masks).any(0)
 
     def _ids_on(self, device: torch.device) -> Int[Tensor, " ids"]:
@@ -306,11 +229,6 @@ class Positions:
 
     def __str__(self) -> str:
         return self.text
-
-
-def _capped(terms: Sequence[_Term]) -> bool:
-    """Return whether a sum has both f… and l…, so that each of them takes at most half the prompt."""
-    return any(term.is_first for term in terms) and any(term.is_last for term in terms)
 
 
 @lru_cache

@@ -32,7 +32,7 @@ class PlannedNode:
         >>> graph = rh.InterventionGraph(rh.Node(rh.LoRA(rank=4), layer=3, component="mlp_output", name="lora"))
         >>> planned = compile_graph(graph, rh.load_base("tiny-chat")[0])["lora"]
         >>> planned.address.module, str(planned.shape), planned.edits
-        ('model.layers.3.mlp.down_proj', '340 → 128', True)
+        ('model.layers.3.mlp.down_proj', '384 → 192', True)
         ```
     """
 
