@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 from reftheads._utils.deprecation import deprecate
 from reftheads.adapter.config import InterventionConfig
 from reftheads.adapter.model import InterventionModel
-from reftheads.data.rows import Collator, encode_chat, encode_pairs, encode_preferences, mix
+from reftheads.data.collator import Collator
+from reftheads.data.encoding import encode_chat, encode_pairs, encode_preferences
+from reftheads.data.rows import mix
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.node import Node
 from reftheads.graph.positions import Positions

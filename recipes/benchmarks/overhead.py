@@ -22,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import reftheads as rh
 from reftheads.graph import Context
-from reftheads.graph.node import NodeModule, Shape
+from reftheads.graph.intervention import Shape
+from reftheads.runtime.node_module import NodeModule
 
 
 def main(*words: str) -> None:

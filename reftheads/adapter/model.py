@@ -11,12 +11,12 @@ from reftheads._utils.deprecation import deprecate, renamed
 from reftheads.adapter.checkpoint import SavablePeftModel
 from reftheads.adapter.config import InterventionConfig
 from reftheads.graph.graph import InterventionGraph
-from reftheads.graph.node import NodeModule
 from reftheads.reuse.facts import Facts
 from reftheads.reuse.forecast import describe
 from reftheads.reuse.replay import Replay
 from reftheads.reuse.store import ActivationStore
 from reftheads.runtime.generate import option, real_tokens
+from reftheads.runtime.node_module import NodeModule
 from reftheads.runtime.plan import Plan
 from reftheads.runtime.scope import entering, scope_of
 

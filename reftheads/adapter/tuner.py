@@ -16,9 +16,10 @@ from reftheads._utils.deprecation import renamed
 from reftheads.adapter.config import InterventionConfig
 from reftheads.adapter.files import check_weights
 from reftheads.graph.graph import render
-from reftheads.graph.node import NodeModule, check_key
+from reftheads.graph.node import check_key
 from reftheads.runtime.generate import record_prompts
 from reftheads.runtime.interventions import Interventions
+from reftheads.runtime.node_module import NodeModule
 from reftheads.runtime.plan import Plan, compile_graph
 
 PREFIX = "rh_"

@@ -1,5 +1,6 @@
 """Reading the structure of any base model: its stacks, its blocks, and where in them a component is."""
 
-from reftheads.architectures.addresses import Address, StackInfo, locate, stacks
+from reftheads.architectures.addresses import Address, locate
+from reftheads.architectures.structure import StackInfo, stacks
 
 __all__ = ["Address", "StackInfo", "locate", "stacks"]

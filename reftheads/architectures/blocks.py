@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from reftheads.architectures.paths import child, first_child, join, leaf, parent, submodule, within
 from reftheads.graph.site import Side
 
 _QUERY = ("q_proj", "query", "q_lin", "query_proj", "q")
@@ -31,9 +32,17 @@ Columns = range | tuple[int, ...] | None
 
 @dataclass(frozen=True)
 class _Heads:
-    """The heads of a block's self-attention; paths are relative to the block."""
+    """Describe the heads of a block's self-attention; paths are relative to the block.
 
-    projections: tuple[str, ...]  # of queries, keys and values, or the fused one
+    Attributes:
+        projections: paths of the projections of queries, keys and values, or of the fused one.
+        interleaved: whether the fused one has its columns a group at a time.
+        out: path of the output projection.
+        dim: features of a head.
+        count, kv_count: how many heads queries have, and how many keys and values have.
+    """
+
+    projections: tuple[str, ...]
     interleaved: bool
     out: str
     dim: int
@@ -41,7 +50,7 @@ class _Heads:
     kv_count: int
 
     def site(self, component: str) -> tuple[str, Side, Columns]:
-        """Module, side and columns of all heads of one of `HEAD_COMPONENTS`."""
+        """Return module, side and columns of all heads of one of `HEAD_COMPONENTS`."""
         if component == "head_output":
             return self.out, "input", None
         which = ("query_output", "key_output", "value_output").index(component)
@@ -50,18 +59,20 @@ class _Heads:
         groups = self.kv_count if self.interleaved else 1
         queries, keys = self.count // groups, self.kv_count // groups  # in each group
         first, heads = ((0, queries), (queries, keys), (queries + keys, keys))[which]
-        starts = [group * (queries + 2 * keys) + first for group in range(groups)]
-        columns = [c for start in starts for c in range(start * self.dim, (start + heads) * self.dim)]
+        columns: list[int] = []
+        for group in range(groups):
+            start = group * (queries + 2 * keys) + first
+            columns += range(start * self.dim, (start + heads) * self.dim)
         return self.projections[0], "output", as_range(columns)
 
 
 def reads_other_stack(path: str) -> bool:
-    """Whether a module is the key or value projection of a cross-attention: it sees the encoder's tokens."""
+    """Return whether a module is the key or value projection of a cross-attention: it sees the encoder's tokens."""
     return _is_cross(path) and leaf(path) in (*_KEY, *_VALUE)
 
 
 def attention_owner(block: nn.Module) -> tuple[str, nn.Module] | None:
-    """The first module of the block with a query projection that is no cross-attention."""
+    """Return path and module of the first in the block that has a query projection and is no cross-attention."""
     for path, module in block.named_modules():
         if not _is_cross(path) and first_child(module, ATTENDS) is not None:
             return path, module
@@ -69,11 +80,15 @@ def attention_owner(block: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def attention_of(block: nn.Module, where: str) -> tuple[str, str]:
-    """Paths, in the block, of the module that owns the projections and of the output projection."""
-    found = attention_owner(block)
-    if found is None:
+    """Return the paths, in the block, of the module that owns the projections and of the output projection.
+
+    Args:
+        where: how errors call the block.
+    """
+    attention = attention_owner(block)
+    if attention is None:
         raise ValueError(f"{where} has no attention with query, key and value projections: use a module path")
-    path, owner = found
+    path, owner = attention
     name = first_child(owner, _ATTENTION_OUT)
     out = join(path, name) if name else join(parent(path), "output.dense")
     if submodule(block, out) is None:
@@ -82,6 +97,12 @@ def attention_of(block: nn.Module, where: str) -> tuple[str, str]:
 
 
 def heads_of(block: nn.Module, path: str, out: str, where: str, model_type: str) -> _Heads:
+    """Return the heads of the attention at `path`, whose output projection is at `out`.
+
+    Args:
+        where: how errors call the block.
+        model_type: some models fuse their projections in an order that no name shows.
+    """
     owner = block.get_submodule(path)
     fused = first_child(owner, (*_CONTIGUOUS, *_INTERLEAVED))
     names = [fused] if fused else [first_child(owner, n) for n in (_QUERY, _KEY, _VALUE)]
@@ -104,6 +125,7 @@ def heads_of(block: nn.Module, path: str, out: str, where: str, model_type: str)
 
 
 def _head_dim(owner: nn.Module, width: int) -> int:
+    """Return the features of a head of an attention whose queries have this width."""
     dim = _first_int(owner, _HEAD_DIM)
     if dim is not None:
         return dim
@@ -118,26 +140,32 @@ def _head_dim(owner: nn.Module, width: int) -> int:
 
 @dataclass(frozen=True)
 class _MLP:
-    """A block's feed-forward half; paths are relative to the block."""
+    """Describe a block's feed-forward half; paths are relative to the block.
+
+    Attributes:
+        input: of the module that reads its input.
+        output: of the module that gives its output.
+        down: of the last projection; `None` for a mixture of experts.
+    """
 
     input: str
     output: str
-    down: str | None  # None for a mixture of experts
+    down: str | None
 
 
 def mlp_of(block: nn.Module, where: str) -> _MLP:
-    attention = attention_owner(block)
-    skipped = attention_of(block, where) if attention is not None else ()
-    inside = {
+    """Return the feed-forward half of a block; `where` is how errors call the block."""
+    of_attention = attention_of(block, where) if attention_owner(block) is not None else ()
+    rest = {
         path: module
         for path, module in block.named_modules()
-        if path and not _is_cross(path) and not any(within(path, s) for s in skipped)
+        if path and not _is_cross(path) and not any(within(path, skipped) for skipped in of_attention)
     }
-    experts = next((p for p, m in inside.items() if _child(m, "experts") is not None), None)
-    if experts is not None:
-        return _MLP(experts, experts, None)
-    down = next((p for p in inside if leaf(p) in _DOWN or p == "output.dense"), None)
-    up = next((p for p in inside if leaf(p) in UP or p == "intermediate.dense"), None)
+    for path, module in rest.items():
+        if child(module, "experts") is not None:
+            return _MLP(path, path, None)
+    down = next((path for path in rest if leaf(path) in _DOWN or path == "output.dense"), None)
+    up = next((path for path in rest if leaf(path) in UP or path == "intermediate.dense"), None)
     if down is None or up is None:
         raise ValueError(f"{where} has no MLP with a first and a last projection: use a module path")
     # A gated MLP reads its input twice, so the module that owns both projections is taken where there is one.
@@ -146,22 +174,27 @@ def mlp_of(block: nn.Module, where: str) -> _MLP:
 
 
 def attention_norm(block: nn.Module) -> str | None:
+    """Return the norm between the attention and the residual addition, if there is one."""
     if first_child(block, ("post_self_attn_layernorm",)):
         return "post_self_attn_layernorm"
     # The name alone does not tell: in a Llama it is the norm before the MLP.
-    after = mlp_norm(block) and _child(block, "post_attention_layernorm") is not None
+    after = mlp_norm(block) and child(block, "post_attention_layernorm") is not None
     return "post_attention_layernorm" if after else None
 
 
 def mlp_norm(block: nn.Module) -> str | None:
+    """Return the norm between the MLP and the residual addition, if there is one."""
     return first_child(block, ("post_feedforward_layernorm", "post_mlp_layernorm"))
 
 
-# --- widths, names, paths ------------------------------------------------------------------------------
+# --- widths and columns ------------------------------------------------------------------------------
 
 
 def width_of(module: nn.Module, side: Side) -> int | None:
-    """Features that enter or leave a module; by its attributes, since quantised weights have other shapes."""
+    """Return how many features enter or leave a module; `None` if that cannot be told.
+
+    It goes by the module's attributes, since quantised weights have other shapes.
+    """
     declared = _first_int(module, ("in_features", "nx") if side == "input" else ("out_features", "nf"))
     if declared is not None:
         return declared
@@ -172,16 +205,17 @@ def width_of(module: nn.Module, side: Side) -> int | None:
         shape = getattr(getattr(module, "weight", None), "shape", ())
     if shape:
         return shape[-1]
-    for first, last in ((ATTENDS, _ATTENTION_OUT), (UP, _DOWN)):
-        ends = first_child(module, first), first_child(module, last)
-        if ends[0] and ends[1]:
-            return width_of(module.get_submodule(ends[0] if side == "input" else ends[1]), side)
+    for firsts, lasts in ((ATTENDS, _ATTENTION_OUT), (UP, _DOWN)):
+        first, last = first_child(module, firsts), first_child(module, lasts)
+        if first and last:
+            return width_of(module.get_submodule(first if side == "input" else last), side)
     weighted = [c for c in module.children() if next(c.parameters(), None) is not None]
     alone = len(weighted) == 1 and not module._parameters  # a projection with its activation or dropout
     return width_of(weighted[0], side) if alone else None
 
 
 def known_width(projection: nn.Module, side: Side) -> int:
+    """Return how many features enter or leave a projection. Raise `ValueError` if that cannot be told."""
     width = width_of(projection, side)
     if width is None:
         raise ValueError(f"cannot tell the {side} width of a projection of class {type(projection).__name__}")
@@ -189,50 +223,27 @@ def known_width(projection: nn.Module, side: Side) -> int:
 
 
 def index_in_range(value: int, count: int, what: str, place: str) -> int:
+    """Return a number of a layer or head counted from 0. Raise `ValueError` if there is none of this number."""
     if not -count <= value < count:
         raise ValueError(f"{what} {value} is out of range: {place} has {what}s 0 to {count - 1} (or {-count} to -1)")
     return value % count
 
 
 def as_range(columns: Sequence[int]) -> range | tuple[int, ...]:
+    """Return columns as a range if they are one, so that they can be sliced."""
     whole = range(columns[0], columns[0] + len(columns))
     return whole if list(columns) == list(whole) else tuple(columns)
 
 
 def _first_int(owner: object, names: Iterable[str]) -> int | None:
-    return next((v for n in names if isinstance(v := getattr(owner, n, None), int)), None)
-
-
-def submodule(module: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-def _child(module: nn.Module, name: str) -> nn.Module | None:
-    return module._modules.get(name)
-
-
-def first_child(module: nn.Module, names: Iterable[str]) -> str | None:
-    return next((n for n in names if _child(module, n) is not None), None)
-
-
-def within(path: str, ancestor: str) -> bool:
-    return not ancestor or f"{path}.".startswith(f"{ancestor}.")
+    """Return the first of these attributes that is an integer."""
+    for name in names:
+        value = getattr(owner, name, None)
+        if isinstance(value, int):
+            return value
+    return None
 
 
 def _is_cross(path: str) -> bool:
+    """Return whether a path names a cross-attention or what belongs to one."""
     return any(word in path.lower() for word in _CROSS)
-
-
-def parent(path: str) -> str:
-    return path.rpartition(".")[0]
-
-
-def leaf(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def join(*parts: str) -> str:
-    return ".".join(p for p in parts if p)

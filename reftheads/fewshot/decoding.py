@@ -17,8 +17,8 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from reftheads._utils.eval_mode import evaluating
-from reftheads.architectures.addresses import arguments
-from reftheads.data.rows import encode_continuations
+from reftheads.architectures.structure import arguments
+from reftheads.data.encoding import encode_continuations
 from reftheads.fewshot.prompts import Prompt, encode_prompt
 from reftheads.runtime.interventions import Interventions
 

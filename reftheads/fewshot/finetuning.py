@@ -9,13 +9,15 @@ from typing import NamedTuple
 from torch import nn
 
 from reftheads.adapter.model import InterventionModel
-from reftheads.architectures.addresses import StackInfo, own_modules, stacks
-from reftheads.architectures.blocks import within
+from reftheads.architectures.paths import within
+from reftheads.architectures.structure import StackInfo, own_modules, stacks
 from reftheads.graph.graph import InterventionGraph
-from reftheads.graph.node import Head, Node, NodeModule
+from reftheads.graph.intervention import Head
+from reftheads.graph.node import Node
 from reftheads.interventions.lora import LoRA
 from reftheads.interventions.reft import LoReFT
 from reftheads.presets import PresetName, preset
+from reftheads.runtime.node_module import NodeModule
 
 MODES = ("all", "first", "middle", "last", "last:3", "lora4", "loreft4", "bitfit", "head", "probe")
 _OF_BASE = re.compile(r"all|bitfit|head|probe|(first|middle|last)(:[1-9]\d*)?")

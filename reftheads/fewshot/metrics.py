@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from reftheads.graph.node import IGNORE
+from reftheads.graph.intervention import IGNORE
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from reftheads.data.rows import Message
+from reftheads.data.encoding import Message
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -31,7 +31,7 @@ HEAD_COMPONENTS = ("query_output", "key_output", "value_output", "head_output")
 
 @dataclass(frozen=True)
 class Site:
-    """An address in any transformer.
+    """Say where in any transformer a node acts: its address, which knows no model.
 
     Args:
         layer: index of the block; negative counts from the end. `None` for `embedding_output`,
@@ -46,6 +46,15 @@ class Site:
     Raises:
         ValueError: a component that is neither in the vocabulary nor a dotted path, a layer that is
             missing or superfluous, a head where there are none.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> print(rh.Site(layer=-1, component="query_output", head=2))
+        query_output[-1].head[2]
+        >>> rh.Site(component="model.layers.3.mlp.gate_proj").is_path
+        True
+        ```
     """
 
     layer: int | None = None
@@ -78,7 +87,7 @@ class Site:
 
     @property
     def is_path(self) -> bool:
-        """Whether the component is a module path rather than a word of the vocabulary."""
+        """Return whether the component is a module path rather than a word of the vocabulary."""
         return self.component not in COMPONENTS
 
     def __str__(self) -> str:

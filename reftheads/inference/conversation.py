@@ -8,7 +8,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from reftheads._utils.eval_mode import evaluating
-from reftheads.data.rows import Message
+from reftheads.data.encoding import Message
 
 
 def reply(

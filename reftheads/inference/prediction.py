@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from reftheads._utils.eval_mode import evaluating
 from reftheads.adapter.model import InterventionModel
-from reftheads.architectures.addresses import arguments
-from reftheads.data.rows import Collator
+from reftheads.architectures.structure import arguments
+from reftheads.data.collator import Collator
 from reftheads.reuse.store import ActivationStore
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from reftheads._utils.eval_mode import evaluating
 from reftheads.adapter.model import InterventionModel
 from reftheads.adapter.tuner import CHILD
-from reftheads.architectures.addresses import stacks
-from reftheads.architectures.blocks import within
+from reftheads.architectures.paths import within
+from reftheads.architectures.structure import stacks
 from reftheads.graph.graph import InterventionGraph
-from reftheads.graph.node import Edit
+from reftheads.graph.intervention import Edit
 from reftheads.interop.peft_lora import merge_lora
 from reftheads.interop.torch_module import head_maps
 from reftheads.interventions.heads import MappingHead

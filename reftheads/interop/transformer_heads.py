@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from reftheads.architectures.addresses import StackInfo, locate, stacks
+from reftheads.architectures.addresses import locate
+from reftheads.architectures.structure import StackInfo, stacks
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.node import Node
 from reftheads.graph.site import Site

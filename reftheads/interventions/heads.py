@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from reftheads.graph.node import IGNORE, Context, Head, Params, Shape, keep_name_of_dtype, read_dtype
+from reftheads.graph.intervention import IGNORE, Context, Head, Params, Shape, keep_name_of_dtype, read_dtype
 from reftheads.interventions.losses import Loss, losses, masked_mean, quantile_loss
 
 if TYPE_CHECKING:
@@ -22,15 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MappingHead(Head):
-    """What heads have in common that map hidden states to a prediction. They never change the logits.
+    """Predict a column of the batch by a map of the hidden states: what such heads have in common.
+
+    A head never changes the logits. A type of one's own says which linear maps it has (`layers_of`) and how they make
+    a prediction (`map`).
 
     Args:
         outputs: classes of a classifier, labels of `multi_label`, quantiles; 1 for a number, 2 for a mean with its
             log-variance.
         target: column of the batch that holds the targets: [batch] where the positions select one token
-            a row or `pool` makes one prediction of them, else [batch sequence], a target a token; with `multi_label`
-            [… outputs]. `None`: a head that predicts and is not trained here.
-        loss: name of a loss: one of `reftheads.losses`.
+            per row or `pool` makes one prediction of them, else [batch sequence], a target per token; with
+            `multi_label` [… outputs]. `None`: a head that predicts and is not trained here.
+        loss: name of a loss: one of `rh.losses`.
         detach: makes it a probe: no gradient reaches the model.
         weight: factor of its loss l in the total. Or "uncertainty": the factor is learnt, by a log-variance s that is
             a parameter. The total gets l e⁻ˢ + s/2, with l/2 for l where the targets are numbers (Kendall, Gal and
@@ -40,11 +44,11 @@ class MappingHead(Head):
         activation: "sigmoid", "softmax", "tanh" or another activation of transformers: of the prediction that users
             see. `mse`, `mae`, `huber`, `quantile` and losses of one's own compare what it gives; the others, and a
             node with this one as `source`, get what comes before it.
-        pool: makes one prediction a row, from the "mean" of the hidden states of the selected tokens, or
-            from Σᵢ aᵢhᵢ with a = softmax(q·hᵢ/√width), q learned from 0, the mean ("attention").
+        pool: makes one prediction per row, from the "mean" of the hidden states of the selected tokens, or
+            from Σᵢ aᵢhᵢ with a = softmax(q·hᵢ/√width), q learnt from 0, the mean ("attention").
         ignore_index: an integer target that stands for none. For floats NaN does.
-        class_weights: of cross_entropy, one a class: the loss is Σ wᵢlᵢ / Σ wᵢ.
-        quantiles: of the loss quantile, one an output, each between 0 and 1.
+        class_weights: of cross_entropy, one per class: the loss is Σ wᵢlᵢ / Σ wᵢ.
+        quantiles: of the loss quantile, one per output, each between 0 and 1.
         shift: compares the prediction at a token with the target of the next column, as a language model does.
         trainable: `False`: the parameters are saved and not trained.
         lr: learning rate of its parameters in an `InterventionTrainer`; `None`: that of the others. The scheduler
@@ -53,6 +57,22 @@ class MappingHead(Head):
     Raises:
         ValueError: options that cannot be or do not go together; in a forward pass, a target of a shape that
             does not fit, or of a value that the loss has no meaning for.
+
+    Example:
+        ```python
+        >>> from dataclasses import dataclass
+        >>> import reftheads as rh
+        >>> from reftheads.interventions import MappingHead
+        >>> @dataclass(frozen=True)
+        ... class Bottleneck(MappingHead):
+        ...     def layers_of(self, width):
+        ...         return [self.linear(width, 2, bias=False), self.linear(2, self.outputs)]
+        ...     def map(self, p, h):
+        ...         return h @ p["W0"].T @ p["W1"].T + p["b1"]
+        >>> graph = rh.InterventionGraph(rh.Node(Bottleneck(3, "mood"), layer=2, positions="l1", name="mood"))
+        >>> [*rh.InterventionModel(rh.load_base("tiny-chat")[0], graph).node("mood").stored()]
+        ['W0', 'W1', 'b1']
+        ```
     """
 
     outputs: int
@@ -102,6 +122,7 @@ class MappingHead(Head):
         keep_name_of_dtype(self)
 
     def _check_each(self, option: str, values: tuple[float, ...], loss: str, low: float, high: float) -> None:
+        """Raise `ValueError` for an option of another loss, or whose values are not one number per output."""
         if self.loss != loss:
             raise ValueError(f"{option} belong to loss={loss!r}, got loss={self.loss!r}: leave them out")
         if not isinstance(values, tuple) or len(values) != self.outputs or not all(low <= v <= high for v in values):
@@ -111,50 +132,53 @@ class MappingHead(Head):
 
     @property
     def criterion(self) -> Loss:
-        """Its loss, with what that says of targets."""
+        """Return its loss, with what that says of targets."""
         loss = Loss.of(losses[self.loss])
         return loss if self.quantiles is None else replace(loss, items=partial(quantile_loss, self.quantiles))
 
     @property
     def pools(self) -> bool:
+        """Return whether it makes one prediction per row."""
         return self.pool is not None
 
     @property
     def kind(self) -> str | None:
+        """Return what its targets are, see `Loss`."""
         return self.criterion.kind
 
     @property
     def target_width(self) -> int | None:
+        """Return how many numbers a target is; `None`: one, without a dimension of its own."""
         return self.outputs if self.criterion.each else None
 
     @abstractmethod
     def layers_of(self, width: int) -> list[nn.Linear]:
-        """New linear maps, from hidden states of this width to the outputs."""
+        """Make new linear maps, from hidden states of this width to the outputs."""
 
     @abstractmethod
     def map(self, p: Params, h: Float[Tensor, "batch slots width"]) -> Float[Tensor, "batch slots outputs"]:
-        """The prediction before its activation."""
+        """Return the prediction before its activation."""
 
     def linear(self, width: int, outputs: int, bias: bool = True) -> nn.Linear:
-        """A new linear map as the options have it."""
+        """Make a new linear map as the options have it."""
         return nn.Linear(width, outputs, bias=self.bias and bias, dtype=read_dtype(self.dtype))
 
     def named(self, layers: list[nn.Linear]) -> dict[str, Tensor]:
-        """The parameters of linear maps by name."""
-        return {
-            name: tensor
-            for i, linear in enumerate(layers)
-            for name, tensor in ((f"W{i}", linear.weight), (f"b{i}", linear.bias))
-            if tensor is not None
-        }
+        """Return the parameters of linear maps by name: W0, b0, W1 …"""
+        parameters: dict[str, Tensor] = {}
+        for i, linear in enumerate(layers):
+            parameters[f"W{i}"] = linear.weight
+            if linear.bias is not None:
+                parameters[f"b{i}"] = linear.bias
+        return parameters
 
     def parameters(self, shape: Shape) -> dict[str, Tensor]:
-        made = self.named(self.layers_of(shape.width))
+        parameters = self.named(self.layers_of(shape.width))
         if self.pool == "attention":
-            made["q"] = nn.Parameter(torch.zeros(shape.width, dtype=read_dtype(self.dtype)))
+            parameters["q"] = nn.Parameter(torch.zeros(shape.width, dtype=read_dtype(self.dtype)))
         if self.weight == "uncertainty":
-            made["s"] = nn.Parameter(torch.zeros((), dtype=read_dtype(self.dtype)))
-        return made if self.trainable else {name: tensor.detach() for name, tensor in made.items()}
+            parameters["s"] = nn.Parameter(torch.zeros((), dtype=read_dtype(self.dtype)))
+        return parameters if self.trainable else {name: tensor.detach() for name, tensor in parameters.items()}
 
     def read(
         self, p: Params, h: Float[Tensor, "batch slots width"], context: Context
@@ -164,6 +188,7 @@ class MappingHead(Head):
     def _pooled(
         self, p: Params, h: Float[Tensor, "batch slots width"], valid: Bool[Tensor, "batch slots"] | None
     ) -> Float[Tensor, "batch 1 width"]:
+        """Return the mean of a row's valid slots, or their mean by learnt weights."""
         valid = h.new_ones(h.shape[:2], dtype=torch.bool) if valid is None else valid
         h = h.masked_fill(~valid[..., None], 0)  # padding may be NaN
         if self.pool == "mean":
@@ -206,7 +231,22 @@ class MappingHead(Head):
 
 @dataclass(frozen=True)
 class LinearHead(MappingHead):
-    """A linear map of the hidden states: W h + b. Its options, and what it raises, are those of `MappingHead`."""
+    """Predict by a linear map of the hidden states: W h + b.
+
+    Its options, and what it raises, are those of `MappingHead`.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> import reftheads as rh
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> head = rh.Node(rh.LinearHead(outputs=2, target="mood"), layer=-1, positions="l1", name="mood")
+        >>> model = rh.InterventionModel(base, rh.InterventionGraph(head))
+        >>> out = model(**tokenizer("Hi!", return_tensors="pt"), mood=torch.tensor([1]))
+        >>> out.predictions["mood"].shape, torch.equal(out.loss, out.losses["mood"])
+        (torch.Size([1, 2]), True)
+        ```
+    """
 
     def layers_of(self, width: int) -> list[nn.Linear]:
         return [self.linear(width, self.outputs)]
@@ -220,7 +260,7 @@ class LinearHead(MappingHead):
 
 @dataclass(frozen=True)
 class MLPHead(MappingHead):
-    """Linear maps with an activation between them: Wₙ φ(… φ(W₀ h + b₀) …) + bₙ, n = layers.
+    """Predict by linear maps with an activation between them: Wₙ φ(… φ(W₀ h + b₀) …) + bₙ, n = layers.
 
     Args:
         hidden: width of each hidden layer.
@@ -229,6 +269,15 @@ class MLPHead(MappingHead):
         output_bias: whether there is a bₙ, if there are biases at all.
 
     The other arguments, and what else is raised, are those of `MappingHead`.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> from reftheads.graph import Shape
+        >>> head = rh.MLPHead(outputs=3, target="mood", hidden=16, pool="mean", activation="softmax")
+        >>> {name: tuple(p.shape) for name, p in head.parameters(Shape(width=32)).items()}
+        {'W0': (16, 32), 'b0': (16,), 'W1': (3, 16), 'b1': (3,)}
+        ```
     """
 
     hidden: int = field(kw_only=True)
@@ -258,7 +307,8 @@ def _softmax(value: Tensor) -> Tensor:
     return value.softmax(-1)
 
 
-def _activation(name: str):
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    """Return the activation of this name. Raise `ValueError` if there is none."""
     if name == "softmax":
         return _softmax
     if name not in ACT2FN:
@@ -267,5 +317,6 @@ def _activation(name: str):
 
 
 def _check_count(option: str, value: int, head: MappingHead) -> None:
+    """Raise `ValueError` for an option that is no positive integer."""
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{option} of {type(head).__name__} must be a positive integer, got {value!r}")

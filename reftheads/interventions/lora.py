@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reftheads.graph.node import Context, Edit, Params, Shape, keep_name_of_dtype, read_dtype
+from reftheads.graph.intervention import Context, Edit, Params, Shape, keep_name_of_dtype, read_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoRA(Edit):
-    """h ↦ h + (α/r) · B A x, where h left a linear module and x entered it; B starts at zero.
+    """Add a low-rank map of what entered a linear module to what left it: h ↦ h + (α/r) · B A x; B starts at zero.
 
     It sits beside the module and never touches its weight, so that it works alike on `nn.Linear`,
     `Conv1D`, a fused projection's columns and quantised layers, and on chosen tokens.
@@ -30,6 +30,15 @@ class LoRA(Edit):
 
     Raises:
         ValueError: a rank below 1 or, at compile time, over a width; an unfit dropout or dtype.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> lora = rh.Node(rh.LoRA(rank=4, alpha=8), layer=3, component="value_output", positions="prompt", name="lora")
+        >>> model = rh.InterventionModel(rh.load_base("tiny-chat")[0], rh.InterventionGraph(lora))
+        >>> model.node("lora").A.shape, lora.intervention.scaling
+        (torch.Size([4, 192]), 2.0)
+        ```
     """
 
     rank: int
@@ -47,7 +56,7 @@ class LoRA(Edit):
 
     @property
     def scaling(self) -> float:
-        """α/r."""
+        """Return α/r."""
         return (self.rank if self.alpha is None else self.alpha) / self.rank
 
     def parameters(self, shape: Shape) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reftheads.graph.node import IGNORE
+from reftheads.graph.intervention import IGNORE
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Shaped
@@ -24,16 +24,31 @@ ItemLoss: TypeAlias = "Callable[[Float[Tensor, 'items outputs'], Shaped[Tensor, 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and what it says of its targets. A plain function of one's own is a loss of which nothing is known.
+    """Describe a loss by its value of each item and by what it says of targets.
+
+    A plain function of one's own is a loss of which nothing else is known.
 
     Attributes:
-        items: the value of each item.
+        items: `items(prediction, target)` gives the value of each item.
         kind: what the targets are: classes 0, 1, …; probabilities, 0 and 1 among them; any numbers; or pairs, k and -k.
             `None`: not known.
         outputs: how many a head must have; `None`: any number.
         each: whether every output has a target of its own: [items outputs] instead of [items].
-        activated: whether it compares the prediction as users see it, behind the head's activation.
+        activated: whether it compares the prediction as users see it, after the head's activation.
         counts: which items make up the mean, of those that have a target; `None`: all.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> import reftheads as rh
+        >>> from reftheads.interventions import Loss
+        >>> def hinge(z, y):  # y is 0 or 1
+        ...     return torch.relu(1 - (2 * y - 1) * z[:, 0])
+        >>> rh.losses["hinge"] = Loss(hinge, kind="probabilities", outputs=1)
+        >>> rh.LinearHead(1, target="mood", loss="hinge").kind
+        'probabilities'
+        >>> del rh.losses["hinge"]
+        ```
     """
 
     items: ItemLoss
@@ -45,7 +60,7 @@ class Loss:
 
     @classmethod
     def of(cls, loss: Loss | ItemLoss) -> Loss:
-        """The loss itself, or that of a plain function."""
+        """Return the loss itself, or that of a plain function."""
         return loss if isinstance(loss, Loss) else cls(loss, activated=True)
 
     def __call__(
@@ -54,16 +69,16 @@ class Loss:
         return self.items(prediction, target)
 
     def given(self, target: Shaped[Tensor, "*items"], ignore: int = IGNORE) -> Bool[Tensor, "*items"]:
-        """Where there is a target: no NaN, no pair 0, and not `ignore` if it is an integer or cannot be that number."""
-        given = ~target.isnan() if target.is_floating_point() else torch.ones_like(target, dtype=torch.bool)
+        """Return where there is a target: no NaN, no pair 0, and not `ignore` where that cannot be a target itself."""
+        there = ~target.isnan() if target.is_floating_point() else torch.ones_like(target, dtype=torch.bool)
         if self.kind == "pairs":
-            return given & (target != 0)
+            return there & (target != 0)
         if self.kind in ("classes", "probabilities") or not target.is_floating_point():
-            given = given & (target != ignore)
-        return given
+            there = there & (target != ignore)
+        return there
 
     def wrong(self, target: Shaped[Tensor, "*items"], outputs: int) -> tuple[Bool[Tensor, "*items"], str]:
-        """Which of the targets that are given cannot be, and what is allowed."""
+        """Return which of these targets cannot be, and what is allowed."""
         whole = target == target.round() if target.is_floating_point() else torch.ones_like(target, dtype=torch.bool)
         if self.kind == "classes":
             return ~(whole & (target >= 0) & (target < outputs)), f"a whole number from 0 to {outputs - 1}"
@@ -75,6 +90,7 @@ class Loss:
 
 
 def _number(target: Shaped[Tensor, " items"], prediction: Tensor) -> Float[Tensor, " items"]:
+    """Return targets in the dtype of the prediction."""
     return target.to(prediction.dtype)
 
 
@@ -97,12 +113,12 @@ def _mae(prediction: Float[Tensor, "items 1"], target: Shaped[Tensor, " items"])
 
 
 def _huber(prediction: Float[Tensor, "items 1"], target: Shaped[Tensor, " items"]) -> Float[Tensor, " items"]:
-    """½e² where the error |e| ≤ 1, else |e| − ½ (Huber 1964)."""
+    """Return ½e² where the error |e| ≤ 1, else |e| − ½ (Huber 1964)."""
     return F.huber_loss(prediction.squeeze(-1), _number(target, prediction), reduction="none")
 
 
 def _gaussian_nll(prediction: Float[Tensor, "items 2"], target: Shaped[Tensor, " items"]) -> Float[Tensor, " items"]:
-    """½(v + (y − m)² e⁻ᵛ) of the outputs m, a mean, and v, a log-variance (Nix and Weigend 1994)."""
+    """Return ½(v + (y − m)² e⁻ᵛ) of the outputs m, a mean, and v, a log-variance (Nix and Weigend 1994)."""
     mean, log_variance = prediction.unbind(-1)
     return 0.5 * (log_variance + (_number(target, prediction) - mean).square() * (-log_variance).exp())
 
@@ -110,24 +126,25 @@ def _gaussian_nll(prediction: Float[Tensor, "items 2"], target: Shaped[Tensor, "
 def quantile_loss(
     quantiles: tuple[float, ...], prediction: Float[Tensor, "items quantiles"], target: Shaped[Tensor, " items"]
 ) -> Float[Tensor, " items"]:
-    """The mean over quantiles q of max(q·e, (q − 1)·e), e = y − prediction (Koenker and Bassett 1978)."""
+    """Return the mean over quantiles q of max(q·e, (q − 1)·e), e = y − prediction (Koenker and Bassett 1978)."""
     q = prediction.new_tensor(quantiles)
     error = _number(target, prediction)[:, None] - prediction
     return torch.maximum(q * error, (q - 1) * error).mean(-1)
 
 
 def _partners(target: Shaped[Tensor, " items"]) -> Bool[Tensor, "items items"]:
-    """Which item was rejected where which one was chosen."""
+    """Return whether item i was chosen in the pair in which item j was rejected, at [i, j]."""
     return (target[:, None] > 0) & (target[:, None] == -target[None, :])
 
 
 def _bradley_terry(prediction: Float[Tensor, "items 1"], target: Shaped[Tensor, " items"]) -> Float[Tensor, " items"]:
-    """−log σ(r of the chosen − r of the rejected) for what was chosen (Bradley and Terry 1952)."""
+    """Return −log σ(r of the chosen − r of the rejected) for what was chosen (Bradley and Terry 1952)."""
     reward = prediction.squeeze(-1)
     return -F.logsigmoid(reward - reward[_partners(target).int().argmax(1)])
 
 
 def _has_partner(target: Shaped[Tensor, " items"]) -> Bool[Tensor, " items"]:
+    """Return which items were chosen, with what was rejected in the same batch."""
     return _partners(target).any(1)
 
 
@@ -143,11 +160,23 @@ losses: dict[str, Loss | ItemLoss] = {
     "quantile": Loss(partial(quantile_loss, (0.5,)), "numbers", activated=True),
     "bradley_terry": Loss(_bradley_terry, "pairs", outputs=1, counts=_has_partner),
 }
-"""The known losses; add your own under a new name before a graph uses it: a function as `ItemLoss`, or a `Loss`."""
+"""Look up a loss by its name; add your own under a new one before a graph uses it: a function, or a `Loss`.
+
+A function gets predictions [items outputs] and targets [items], and returns one value per item.
+
+Example:
+    ```python
+    >>> import reftheads as rh
+    >>> rh.losses["cubic"] = lambda z, y: (z[:, 0] - y).abs() ** 3
+    >>> rh.LinearHead(outputs=1, target="stars", loss="cubic").loss
+    'cubic'
+    >>> del rh.losses["cubic"]
+    ```
+"""
 
 
 def or_zero(loss: Float[Tensor, ""], labels: Shaped[Tensor, "*items"]) -> Float[Tensor, ""]:
-    """A model's own loss; 0 where none of its labels is given, which transformers makes NaN."""
+    """Return a model's own loss; 0 where no label is a target, of which transformers makes NaN."""
     return torch.where((labels != IGNORE).any().to(loss.device), loss, torch.zeros_like(loss))
 
 
@@ -159,9 +188,9 @@ def masked_mean(
     ignore: int = IGNORE,
     class_weights: tuple[float, ...] | None = None,
 ) -> Float[Tensor, ""]:
-    """The mean of `loss` over the items that count; zero where there are none.
+    """Return the mean of `loss` over the items that count; zero where there are none.
 
-    An item counts where `valid` holds, its target is given (see `Loss.given`) and the loss counts it. With
+    An item counts where `valid` holds, it has a target (see `Loss.given`) and the loss counts it. With
     `class_weights` w it is Σ wᵢlᵢ / Σ wᵢ over the items, by their classes, as torch's cross-entropy has it.
     """
     loss = Loss.of(loss)

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from reftheads._utils.lazy import cached
-from reftheads.graph.node import Context, Edit, Params, Shape, keep_name_of_dtype, read_dtype
+from reftheads.graph.intervention import Context, Edit, Params, Shape, keep_name_of_dtype, read_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
 def orthonormalise(m: Float[Tensor, "*nodes rank width"]) -> Float[Tensor, "*nodes rank width"]:
-    """R with the row space of M, which has full rank, and R Rᵀ = I, in float32 or finer.
+    """Return R with the row space of M, which has full rank, and R Rᵀ = I, in float32 or finer.
 
     R = L⁻¹M with the Cholesky factor L Lᵀ = M Mᵀ, computed in float64 where the device has it: the
     thin QR decomposition of Mᵀ with a positive diagonal, to about 1e-16 · cond(M)². It costs
@@ -36,7 +36,7 @@ def orthonormalise(m: Float[Tensor, "*nodes rank width"]) -> Float[Tensor, "*nod
 
 @dataclass(frozen=True)
 class LowRank(Edit):
-    """What the ReFT family has in common: h ↦ h + Pᵀ(source − target).
+    """Edit in a subspace of low rank, as the ReFT family does: h ↦ h + Pᵀ(source − target).
 
     P is R, whose rows are orthonormal at all times, or a free matrix; the source is act(Wh + b) or a
     constant b; the target is Ph or nothing. Stored are P [rank width], or M [rank width] of which R is
@@ -52,6 +52,17 @@ class LowRank(Edit):
 
     Raises:
         ValueError: a rank below 1 or, at compile time, over the width; an unknown or unfit option.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from reftheads.graph import Context, Shape
+        >>> from reftheads.interventions import LowRank
+        >>> edit, h = LowRank(rank=2, init="identity"), torch.randn(1, 3, 8)
+        >>> p = edit.parameters(Shape(width=8))
+        >>> torch.allclose(edit.edit({**p, **edit.derive(p)}, h, Context()), h, atol=1e-5)
+        True
+        ```
     """
 
     rank: int
@@ -97,7 +108,7 @@ class LowRank(Edit):
 
     @cached
     def _one_product(self) -> bool:
-        """Whether Wh − Rh can be had as Dh with D = W − R."""
+        """Return whether Wh − Rh can be had as Dh with D = W − R."""
         return self.reads and self.subtracts and self.act_fn is None
 
     def parameters(self, shape: Shape) -> dict[str, Tensor]:
@@ -109,18 +120,20 @@ class LowRank(Edit):
             nn.init.orthogonal_(m)
         else:
             nn.init.kaiming_uniform_(m, a=5**0.5)
-        out: dict[str, Tensor] = {"M" if self.orthonormal else "P": nn.Parameter(m.to(dtype))}
+        parameters: dict[str, Tensor] = {"M" if self.orthonormal else "P": nn.Parameter(m.to(dtype))}
         limit = shape.width**-0.5
         if self.reads:
             w = torch.empty(self.rank, shape.width).uniform_(-limit, limit).to(dtype)
             if self.init == "identity":
-                target = orthonormalise(out["M"]) if self.orthonormal else out["P"]
+                target = orthonormalise(parameters["M"]) if self.orthonormal else parameters["P"]
                 w = target.detach().to(dtype) if self.subtracts else torch.zeros_like(w)
-            out["W"] = nn.Parameter(w)
+            parameters["W"] = nn.Parameter(w)
         if self.bias:
             b = torch.empty(self.rank).uniform_(-limit, limit) if self.reads else torch.rand(self.rank)
-            out["b"] = nn.Parameter((torch.zeros_like(b) if self.init == "identity" else b).to(dtype))
-        return out
+            if self.init == "identity":
+                b = torch.zeros_like(b)
+            parameters["b"] = nn.Parameter(b.to(dtype))
+        return parameters
 
     def edit(
         self, p: Params, h: Float[Tensor, "batch slots width"], context: Context
@@ -145,26 +158,69 @@ class LowRank(Edit):
 
 @dataclass(frozen=True)
 class LoReFT(LowRank):
-    """Low-rank linear subspace ReFT: h ↦ h + Rᵀ(Wh + b − Rh), R Rᵀ = I (the paper's equation 2)."""
+    """Edit by low-rank linear subspace ReFT: h ↦ h + Rᵀ(Wh + b − Rh), R Rᵀ = I (the paper's equation 2).
+
+    Its options, and what it raises, are those of `LowRank`.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> base, _ = rh.load_base("tiny-chat")
+        >>> graph = rh.InterventionGraph(rh.Node(rh.LoReFT(rank=4), layer=2, positions="l1", name="edit"))
+        >>> rh.InterventionModel(base, graph).node("edit").W.shape
+        torch.Size([4, 192])
+        ```
+    """
 
 
 @dataclass(frozen=True)
 class NoReFT(LowRank):
-    """LoReFT whose projection is free: h ↦ h + Pᵀ(Wh + b − Ph)."""
+    """Edit as LoReFT does, by a projection that is free: h ↦ h + Pᵀ(Wh + b − Ph).
+
+    Its options, and what it raises, are those of `LowRank`.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> rh.NoReFT(rank=4, act_fn="relu").orthonormal
+        False
+        ```
+    """
 
     orthonormal: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
 class DiReFT(LowRank):
-    """LoReFT without the difference: h ↦ h + Rᵀ(Wh + b), R Rᵀ = I."""
+    """Edit as LoReFT does, without the difference: h ↦ h + Rᵀ(Wh + b), R Rᵀ = I.
+
+    Its options, and what it raises, are those of `LowRank`.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> print(rh.Node(rh.DiReFT(rank=4, dropout=0.1), layer=2).intervention)
+        DiReFT(rank=4, dropout=0.1)
+        ```
+    """
 
     subtracts: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
 class NoDiReFT(LowRank):
-    """DiReFT whose projection is free: h ↦ h + Pᵀ(Wh + b) (the paper's equation 3)."""
+    """Edit as DiReFT does, by a projection that is free: h ↦ h + Pᵀ(Wh + b) (the paper's equation 3).
+
+    Its options, and what it raises, are those of `LowRank`.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> from reftheads.graph import Shape
+        >>> list(rh.NoDiReFT(rank=4).parameters(Shape(width=32)))
+        ['P', 'W', 'b']
+        ```
+    """
 
     orthonormal: ClassVar[bool] = False
     subtracts: ClassVar[bool] = False
@@ -172,14 +228,36 @@ class NoDiReFT(LowRank):
 
 @dataclass(frozen=True)
 class ConsReFT(LowRank):
-    """LoReFT with a constant source: h ↦ h + Rᵀ(b − Rh), R Rᵀ = I."""
+    """Edit as LoReFT does, with a constant source: h ↦ h + Rᵀ(b − Rh), R Rᵀ = I.
+
+    Its options, and what it raises, are those of `LowRank`.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> from reftheads.graph import Shape
+        >>> list(rh.ConsReFT(rank=4).parameters(Shape(width=32)))  # R is derived from M
+        ['M', 'b']
+        ```
+    """
 
     reads: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
 class LobiReFT(LowRank):
-    """A low-rank bias: h ↦ h + Rᵀb, R Rᵀ = I."""
+    """Add a low-rank bias: h ↦ h + Rᵀb, R Rᵀ = I.
+
+    Its options, and what it raises, are those of `LowRank`.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> from reftheads.graph import Shape
+        >>> sum(p.numel() for p in rh.LobiReFT(rank=4).parameters(Shape(width=32)).values())
+        132
+        ```
+    """
 
     reads: ClassVar[bool] = False
     subtracts: ClassVar[bool] = False
@@ -187,10 +265,19 @@ class LobiReFT(LowRank):
 
 @dataclass(frozen=True)
 class ScaleAndBias(Edit):
-    """Representation editing (RED): h ↦ s ⊙ h + b, starting at the identity (s = 1, b = 0).
+    """Edit by scale and bias (RED): h ↦ s ⊙ h + b, starting at the identity (s = 1, b = 0).
 
     Args:
         dtype: of the parameters and of the computation, such as `torch.bfloat16` or its name; the name is kept.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> graph = rh.InterventionGraph(rh.Node(rh.ScaleAndBias(), layer=2, component="mlp_output", name="red"))
+        >>> model = rh.InterventionModel(rh.load_base("tiny-chat")[0], graph)
+        >>> model.node("red").s.shape
+        torch.Size([192])
+        ```
     """
 
     dtype: str | torch.dtype = "float32"

@@ -1,4 +1,4 @@
-"""Edits by given or learned vectors, and reading an activation: steering, ablation, patching, gating."""
+"""Edits by given or learnt vectors, and reading an activation: steering, ablation, patching, gating."""
 
 from __future__ import annotations
 
@@ -8,29 +8,40 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from reftheads.graph.node import Constant, Context, Edit, Params, Reader, Shape
+from reftheads.graph.intervention import Constant, Context, Edit, Params, Reader, Shape
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
 def _vector(value: object, shape: Shape, what: str) -> Float[Tensor, " width"]:
+    """Return a copy of the vector that the user gave; `what` is how errors call it."""
     assert isinstance(value, Constant)
     if value.value.shape != (shape.width,):
         raise ValueError(f"{what} must have shape ({shape.width},), the width there; got {tuple(value.value.shape)}")
-    return value.value.float().clone()  # nodes made from one definition each have their own
+    return value.value.float().clone()  # several nodes may be made from one definition
 
 
 @dataclass(frozen=True)
 class Steering(Edit):
-    """h ↦ h + scale · v, with a learned v (starting at zero) or a given one.
+    """Add a vector: h ↦ h + scale · v, with a learnt v that starts at zero, or one that you give.
 
-    Turner et al. 2023, https://arxiv.org/abs/2308.10248; learned: the `b` of RED without its scale.
+    Turner et al. 2023, https://arxiv.org/abs/2308.10248; learnt, it is the `b` of RED without its scale.
 
     Args:
         vector: [width], the direction; `None` learns it.
         scale: how far to go along it.
-        trainable: whether a given vector is trained further.
+        trainable: whether a vector that you give is trained further.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> import reftheads as rh
+        >>> steer = rh.Node(rh.Steering(torch.ones(192), scale=3.0), layer=2, positions="generated", name="steer")
+        >>> model = rh.InterventionModel(rh.load_base("tiny-chat")[0], rh.InterventionGraph(steer))
+        >>> model.node("steer").v.requires_grad
+        False
+        ```
     """
 
     vector: Constant | None = None
@@ -52,10 +63,22 @@ class Steering(Edit):
 
 @dataclass(frozen=True)
 class Replace(Edit):
-    """h ↦ a, a given activation (activation patching, interchange intervention).
+    """Replace the activation: h ↦ a, which you give (activation patching, interchange intervention).
 
     Args:
         value: [width], the activation.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> import reftheads as rh
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> patch = rh.Node(rh.Replace(torch.zeros(192)), layer=2, positions="l1", name="patch")
+        >>> seen = rh.Node(rh.Collect(), layer=2, positions="l1", name="seen")
+        >>> model = rh.InterventionModel(base, rh.InterventionGraph(patch, seen))
+        >>> bool(model(**tokenizer("Hi!", return_tensors="pt")).collected["seen"].any())
+        False
+        ```
     """
 
     value: Constant
@@ -72,10 +95,18 @@ class Replace(Edit):
 
 @dataclass(frozen=True)
 class Ablate(Edit):
-    """h ↦ 0 (zero ablation), or h ↦ a given mean activation (mean ablation).
+    """Ablate the activation: h ↦ 0 (zero ablation), or h ↦ a mean activation that you give (mean ablation).
 
     Args:
         mean: [width], the mean over some data, such as `Collect` gathers; `None` for zero.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> print(rh.InterventionGraph(rh.Node(rh.Ablate(), layer=2, component="head_output", head=0, name="zero")))
+        node what     where                  positions
+        zero Ablate() head_output[2].head[0] all
+        ```
     """
 
     mean: Constant | None = None
@@ -92,16 +123,25 @@ class Ablate(Edit):
 
 @dataclass(frozen=True)
 class Gated(Edit):
-    """h ↦ h + g · (Φ(h) − h): an edit Φ as far as another node's output s lets it through, g = σ(s).
+    """Gate an edit Φ by another node's output s: h ↦ h + g · (Φ(h) − h), g = σ(s).
 
     The node names that other one, a head with a single output, as its `source`: a probe low in the
-    model then decides, in the same forward pass, about an edit higher up.
+    model then decides, in the same forward pass, how much of an edit higher up takes place.
 
     Args:
         inner: the edit Φ.
 
     Raises:
         ValueError: an inner intervention that is no edit; a source with several outputs.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> probe = rh.Node(rh.LinearHead(1, "rude", loss="bce"), layer=1, positions="l1", name="probe")
+        >>> edit = rh.Node(rh.Gated(rh.LoReFT(rank=4)), layer=4, positions="l1", source="probe", name="edit")
+        >>> rh.InterventionGraph(probe, edit)["edit"].source
+        'probe'
+        ```
     """
 
     inner: Edit
@@ -142,10 +182,20 @@ class Gated(Edit):
 
 @dataclass(frozen=True)
 class Collect(Reader):
-    """Returns the activation in `out.collected[name]`, zero where a slot is empty.
+    """Collect the activation in `out.collected[name]`, zero where a slot is empty.
 
     Args:
         detach: cuts the activation off from the graph of gradients.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> graph = rh.InterventionGraph(rh.Node(rh.Collect(), layer=3, component="mlp_activation", name="neurons"))
+        >>> out = rh.InterventionModel(base, graph)(**tokenizer("Hi!", return_tensors="pt"))
+        >>> out.collected["neurons"].shape  # rows, tokens, width
+        torch.Size([1, 2, 384])
+        ```
     """
 
     detach: bool = True
@@ -160,6 +210,7 @@ class Collect(Reader):
 
 
 def _as_constant(intervention: object, name: str) -> None:
+    """Put a `Constant` in the place of a tensor or list that the user gave as this option."""
     value = getattr(intervention, name)
     if value is not None and not isinstance(value, Constant):
         object.__setattr__(intervention, name, Constant(value))

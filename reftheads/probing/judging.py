@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reftheads.graph.node import Params
+from reftheads.graph.intervention import Params
 from reftheads.interventions.heads import MappingHead
 from reftheads.probing.estimates import Estimate, Probe
 from reftheads.probing.stacks import Stack

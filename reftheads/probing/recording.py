@@ -14,13 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from reftheads._utils.eval_mode import evaluating
 from reftheads._utils.memory import free_bytes
 from reftheads.adapter.model import InterventionModel
-from reftheads.architectures.addresses import arguments
+from reftheads.architectures.structure import arguments
 from reftheads.data.rows import prompt_mask
-from reftheads.graph.node import NodeModule, Params
+from reftheads.graph.intervention import Params
 from reftheads.inference.prediction import batches, reusing_where_possible
 from reftheads.interventions.heads import MappingHead
 from reftheads.probing.targets import Column
 from reftheads.reuse.store import ActivationStore
+from reftheads.runtime.node_module import NodeModule
 from reftheads.runtime.plan import PlannedNode
 
 if TYPE_CHECKING:

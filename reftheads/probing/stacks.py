@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 
-from reftheads.graph.node import Params, Shape
+from reftheads.graph.intervention import Params, Shape
 from reftheads.interventions.heads import LinearHead, MappingHead
 from reftheads.probing.recording import Seen
 from reftheads.probing.targets import Column

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reftheads.data.targets import check_items, read_target
 from reftheads.interventions.heads import MappingHead
 from reftheads.runtime.plan import PlannedNode
 
@@ -31,28 +32,28 @@ class Column:
     @classmethod
     def of(cls, head: MappingHead, rows: Sequence[Mapping[str, Any]]) -> Column:
         name = str(head.target)
-        given = {i: _tensor(row[name], name, i) for i, row in enumerate(rows) if row.get(name) is not None}
-        if not given:
+        targets = [read_target(head, row.get(name), f"row {i}") for i, row in enumerate(rows)]
+        first = next((target for target in targets if target is not None), None)
+        if first is None:
             raise ValueError(f"no row has a target {name!r}: they have {', '.join(rows[0])}")
         width = () if head.target_width is None else (head.target_width,)
-        by_token = next(iter(given.values())).ndim > len(width)
+        by_token = first.ndim > len(width)
         index, values, row_of = [], [], []
-        for i, row in enumerate(rows):
-            own = given.get(i)
-            if own is None:
+        for i, (row, target) in enumerate(zip(rows, targets, strict=True)):
+            if target is None:
                 index.append([-1] * len(row["input_ids"]) if by_token else -1)
                 continue
-            own = own if by_token else own[None]
-            if own.ndim != 1 + len(width) or own.shape[1:] != width:
+            if target.ndim != by_token + len(width):
                 raise ValueError(
-                    f"target {name!r} in row {i} has the shape {tuple(given[i].shape)}: give "
-                    f"{'one a token' if by_token else 'one a row, as in the other rows'}"
+                    f"target {name!r} in row {i} has the shape {tuple(target.shape)}: give "
+                    f"{'one per token' if by_token else 'one per row, as in the other rows'}"
                     + (f", each of {width[0]} numbers" if width else "")
                 )
-            items = list(range(len(row_of), len(row_of) + len(own)))
+            target = target if by_token else target[None]
+            items = list(range(len(row_of), len(row_of) + len(target)))
             index.append(items if by_token else items[0])
-            values.append(own)
-            row_of += [i] * len(own)
+            values.append(target)
+            row_of += [i] * len(target)
         return cls(name, torch.cat(values), torch.tensor(row_of), index)
 
     @property
@@ -60,16 +61,9 @@ class Column:
         return isinstance(self.index[0], list)
 
     def check(self, head: MappingHead) -> None:
-        """Raises `ValueError` for targets of which the head's loss has no meaning, or if none is given."""
-        if not bool(head.given(self.values).any()):
+        """Raise `ValueError` for a target that the head's loss has no meaning for, or if there is none."""
+        if not check_items(head, self.values, self.row):
             raise ValueError(f"no row has a target {self.name!r}: all that stands there stands for none")
-        try:
-            head.check(self.values)
-        except ValueError:
-            rows, counts = self.row.unique_consecutive(return_counts=True)
-            for i, own in zip(rows.tolist(), self.values.split(counts.tolist()), strict=True):
-                head.check(own, f"row {i}")
-            raise
 
     def types(self, control: str, rows: Sequence[Mapping[str, Any]], shift: bool) -> Int[Tensor, " items"]:
         """Return the number of each item's type: that of its value in the column `control`."""
@@ -93,13 +87,6 @@ class Column:
                 )
         numbers: dict[Any, int] = {}
         return torch.tensor([numbers.setdefault(value, len(numbers)) for value in of_items])
-
-
-def _tensor(value: Any, name: str, row: int) -> Tensor:
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"target {name!r} in row {row} is {value!r}: give a number, or a list of numbers") from None
 
 
 def parts_of(

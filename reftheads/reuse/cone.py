@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reftheads.architectures.addresses import StackInfo
+from reftheads.architectures.structure import StackInfo
 from reftheads.runtime.plan import PlannedNode
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from reftheads._utils.lazy import cached
-from reftheads.architectures.addresses import arguments, own_modules
+from reftheads.architectures.structure import arguments, own_modules
 from reftheads.reuse.cone import Cone
 from reftheads.reuse.facts import Facts
 from reftheads.reuse.frozen import elements_given, keeps_pieces

@@ -9,8 +9,8 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from reftheads._utils.lazy import cached
-from reftheads.architectures.addresses import StackInfo, arguments, stacks
-from reftheads.graph.node import Head
+from reftheads.architectures.structure import StackInfo, arguments, stacks
+from reftheads.graph.intervention import Head
 from reftheads.reuse.fingerprint import Fingerprint
 from reftheads.runtime.interventions import Interventions
 

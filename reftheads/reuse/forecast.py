@@ -12,7 +12,7 @@ from torch import nn
 
 from reftheads.architectures.addresses import locate
 from reftheads.graph.graph import render
-from reftheads.graph.node import IGNORE
+from reftheads.graph.intervention import IGNORE
 from reftheads.graph.site import Site, Stack
 from reftheads.reuse.cone import Cone
 from reftheads.reuse.layout import Rows

@@ -27,8 +27,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
 from reftheads._utils.eval_mode import evaluating
-from reftheads.graph.node import IGNORE
-from reftheads.graph.positions import Selection, Tokens
+from reftheads.graph.intervention import IGNORE
+from reftheads.graph.selection import Selection
+from reftheads.graph.tokens import Tokens
 from reftheads.interventions.losses import or_zero
 from reftheads.reuse.cone import Cone
 from reftheads.reuse.eligibility import NO_EDIT, Eligibility

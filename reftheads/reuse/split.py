@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reftheads.graph.node import IGNORE, Node, Reader
+from reftheads.graph.intervention import IGNORE, Reader
+from reftheads.graph.node import Node
 from reftheads.graph.positions import Positions
 from reftheads.reuse.cone import Cone
 from reftheads.reuse.eligibility import Eligibility

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reftheads.graph.node import Context, NodeModule, Params, Reader
-from reftheads.graph.positions import Selection
+from reftheads.graph.intervention import Context, Params, Reader
+from reftheads.graph.selection import Selection
+from reftheads.runtime.node_module import NodeModule
 from reftheads.runtime.output import Reading
 from reftheads.runtime.passes import Acting, HookKey, Run, SideBySide, Source
 from reftheads.runtime.plan import PlannedNode

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reftheads.architectures.addresses import StackInfo
-from reftheads.graph.node import IGNORE
+from reftheads.architectures.structure import StackInfo
+from reftheads.graph.intervention import IGNORE
 from reftheads.graph.positions import Positions
 from reftheads.runtime.passes import Frame
 from reftheads.runtime.scope import Call

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import ModelOutput
 
-from reftheads.architectures.addresses import arguments
-from reftheads.graph.node import Head
+from reftheads.architectures.structure import arguments
+from reftheads.graph.intervention import Head
 from reftheads.runtime.hooks import Around, ending
 from reftheads.runtime.interventions import Interventions
 from reftheads.runtime.output import extend, replaced

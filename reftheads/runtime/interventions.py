@@ -23,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from reftheads.architectures.addresses import StackInfo, arguments
+from reftheads.architectures.structure import StackInfo, arguments
 from reftheads.runtime.acting import touch
 from reftheads.runtime.checkpointing import KeepCall
 from reftheads.runtime.frame import BaseKind, frame_of

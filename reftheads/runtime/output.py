@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
-from reftheads.graph.node import Head, Params, Reader
+from reftheads.graph.intervention import Head, Params, Reader
 from reftheads.interventions.losses import or_zero
 
 if TYPE_CHECKING:

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reftheads.graph.node import Context, NodeModule, Params, apply
-from reftheads.graph.positions import Positions, Selection, Tokens
+from reftheads.graph.intervention import Context, Params
+from reftheads.graph.positions import Positions
+from reftheads.graph.selection import Selection
 from reftheads.graph.site import Side
+from reftheads.graph.tokens import Tokens
+from reftheads.runtime.node_module import NodeModule, apply
 from reftheads.runtime.output import Reading
 from reftheads.runtime.plan import PlannedNode
 

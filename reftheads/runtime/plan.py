@@ -1,19 +1,40 @@
 """Compiling: a graph and a model give a plan, in which every node knows its module, widths and turn."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from reftheads._utils.lazy import cached
-from reftheads.architectures.addresses import Address, StackInfo, arguments, locate, stacks
+from reftheads.architectures.addresses import Address, locate
 from reftheads.architectures.blocks import reads_other_stack
+from reftheads.architectures.paths import within
+from reftheads.architectures.structure import StackInfo, arguments, stacks
 from reftheads.graph.graph import InterventionGraph
-from reftheads.graph.node import Edit, Head, Node, NodeModule, Shape
+from reftheads.graph.intervention import Edit, Head, Shape
+from reftheads.graph.node import Node
+from reftheads.runtime.node_module import NodeModule
 
 
 @dataclass(frozen=True)
 class PlannedNode:
-    """A node that has found its place in a model."""
+    """Say where in a model a node acts, and on how many features.
+
+    Attributes:
+        node: as the graph has it.
+        address: its place.
+        shape: the features that it sees there.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> from reftheads.runtime import compile_graph
+        >>> graph = rh.InterventionGraph(rh.Node(rh.LoRA(rank=4), layer=3, component="mlp_output", name="lora"))
+        >>> planned = compile_graph(graph, rh.load_base("tiny-chat")[0])["lora"]
+        >>> planned.address.module, str(planned.shape), planned.edits
+        ('model.layers.3.mlp.down_proj', '384 → 192', True)
+        ```
+    """
 
     node: Node
     address: Address
@@ -21,21 +42,25 @@ class PlannedNode:
 
     @cached
     def edits(self) -> bool:
-        """Whether the node writes; it reads otherwise."""
+        """Return whether the node writes; it reads otherwise."""
         return isinstance(self.node.intervention, Edit)
 
     @cached
     def may_use_a_mask(self) -> bool:
-        """Whether its selection may be a mask where there are few tokens: a reader's slots are seen by others."""
+        """Return whether its selection may be a mask where there are few tokens: others see a reader's slots."""
         return self.edits and self.node.source is None
 
     @cached
     def sees_other_tokens(self) -> bool:
-        """Whether the module works on the tokens of another stack than the one that runs it."""
+        """Return whether the module works on the tokens of another stack than the one that runs it."""
         return reads_other_stack(self.address.module)
 
     def new_module(self) -> NodeModule:
-        """Fresh parameters. Raises `ValueError` where they cannot be made for this shape, such as a rank over it."""
+        """Make new parameters.
+
+        Raises:
+            ValueError: they cannot be made for this shape, such as a rank over it.
+        """
         try:
             return NodeModule(self.node.intervention, self.shape)
         except ValueError as error:
@@ -44,18 +69,34 @@ class PlannedNode:
 
 @dataclass(frozen=True)
 class Plan:
-    """A graph compiled against one model. It holds no parameters and has changed nothing yet."""
+    """Hold a graph compiled against one model. It has no parameters and has changed nothing yet.
+
+    Attributes:
+        graph: as it was written.
+        nodes: its nodes, in the same order, with their places.
+        stacks: the model's stacks of blocks.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> from reftheads.runtime import compile_graph
+        >>> head = rh.Node(rh.LinearHead(2, target="mood"), layer=-1, positions="l1", name="mood")
+        >>> plan = compile_graph(rh.InterventionGraph(head), rh.load_base("tiny-chat")[0])
+        >>> plan.targets, plan["mood"].address.module
+        (('mood',), 'model.layers.5')
+        ```
+    """
 
     graph: InterventionGraph
     nodes: tuple[PlannedNode, ...]
     stacks: tuple[StackInfo, ...]
 
     def of_stack(self, path: str) -> tuple[PlannedNode, ...]:
-        """The nodes that act in one stack, in the order of the graph."""
+        """Return the nodes that act in one stack, in the order of the graph."""
         return self._by_stack.get(path, ())
 
     def only_prompts(self, path: str) -> bool:
-        """Whether all nodes of a stack act on tokens of the prompt alone."""
+        """Return whether all nodes of a stack act on tokens of the prompt alone."""
         return path not in self._beyond_prompts
 
     @cached
@@ -69,7 +110,7 @@ class Plan:
 
     @cached
     def targets(self) -> tuple[str, ...]:
-        """The columns of a batch that the graph's heads are trained on."""
+        """Return the columns of a batch that the graph's heads are trained on."""
         heads = (planned.node.intervention for planned in self.nodes)
         return tuple(dict.fromkeys(h.target for h in heads if isinstance(h, Head) and h.target is not None))
 
@@ -77,49 +118,52 @@ class Plan:
         return next(planned for planned in self.nodes if planned.node.name == name)
 
     def owners(self) -> dict[str, PlannedNode]:
-        """The sets of parameters to make: each key once, with the first node that uses it."""
-        found: dict[str, PlannedNode] = {}
+        """Return the sets of parameters to make: each key once, with the first node that uses it."""
+        by_key: dict[str, PlannedNode] = {}
         for planned in self.nodes:
-            found.setdefault(planned.node.key, planned)
-        return found
+            by_key.setdefault(planned.node.key, planned)
+        return by_key
 
 
 def compile_graph(graph: InterventionGraph, model: nn.Module) -> Plan:
-    """Finds every node's place in `model` and checks that the graph can run there.
+    """Find every node's place in `model` and check that the graph can run there.
 
     Raises:
         ValueError: an address that the model does not have, a target that is an input of it, a node that needs a
             linear module where there is none, a module outside of the stacks of blocks, shared parameters at sites of
             different widths, a source that does not run before its reader.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> from reftheads.runtime import compile_graph
+        >>> graph = rh.InterventionGraph(rh.Node(rh.LoReFT(rank=4), layer=-1, name="edit"))
+        >>> compile_graph(graph, rh.load_base("tiny-chat")[0])["edit"].address.module
+        'model.layers.5'
+        ```
     """
-    planned = tuple(_place(node, model) for node in graph)
-    plan = Plan(graph, planned, stacks(model))
+    known = stacks(model)
+    plan = Plan(graph, tuple(_place(node, model, known) for node in graph), known)
     _check_targets(plan, model)
     owners = plan.owners()
-    for one in planned:
-        path = one.address.module
-        if one.node.site.is_path and not any(
-            f".{path}.".startswith(f".{s.path}." if s.path else ".") for s in plan.stacks
-        ):
+    for planned in plan.nodes:
+        _check_runs(plan, planned)
+        owner = owners[planned.node.key]
+        if owner.shape != planned.shape:
             raise ValueError(
-                f"node {one.node.name!r}: nodes act while the blocks run, and {path!r} is called outside of "
-                f"{' and '.join(repr(s.path) for s in plan.stacks) or 'any'}: use a module within"
+                f"nodes {owner.node.name!r} and {planned.node.name!r} share {planned.node.key!r}, but see "
+                f"{owner.shape} and {planned.shape} features: share only among sites of one width"
             )
-        first = owners[one.node.key]
-        if first.shape != one.shape:
-            raise ValueError(
-                f"nodes {first.node.name!r} and {one.node.name!r} share {one.node.key!r}, but see {first.shape} and "
-                f"{one.shape} features: share only among sites of one width"
-            )
-        if one.node.source is not None:
-            _check_order(plan, plan[one.node.source], one)
+        if planned.node.source is not None:
+            _check_order(plan, plan[planned.node.source], planned)
     return plan
 
 
-def _place(node: Node, model: nn.Module) -> PlannedNode:
-    address = locate(model, node.site)
+def _place(node: Node, model: nn.Module, known: Sequence[StackInfo]) -> PlannedNode:
+    """Find the place of a node in a model of these stacks."""
+    address = locate(model, node.site, known)
     module = model.get_submodule(address.module)
-    input_width = next((w for n in ("in_features", "nx") if isinstance(w := getattr(module, n, None), int)), None)
+    input_width = _input_width(module)
     if node.intervention.needs_linear and (input_width is None or address.side == "input"):
         raise ValueError(
             f"{type(node.intervention).__name__} acts on the output of a linear module, but {node.site} is the "
@@ -134,9 +178,29 @@ def _place(node: Node, model: nn.Module) -> PlannedNode:
     return PlannedNode(node, address, Shape(address.width, input_width if node.intervention.needs_linear else None))
 
 
+def _input_width(module: nn.Module) -> int | None:
+    """Return how many features enter a linear module; `None` for another module."""
+    for attribute in ("in_features", "nx"):  # of `nn.Linear` and those like it, and of `Conv1D`
+        width = getattr(module, attribute, None)
+        if isinstance(width, int):
+            return width
+    return None
+
+
+def _check_runs(plan: Plan, planned: PlannedNode) -> None:
+    """Raise `ValueError` for a module that is called while no blocks run."""
+    path = planned.address.module
+    if planned.node.site.is_path and not any(within(path, info.path) for info in plan.stacks):
+        raise ValueError(
+            f"node {planned.node.name!r}: nodes act while the blocks run, and {path!r} is called outside of "
+            f"{' and '.join(repr(info.path) for info in plan.stacks) or 'any'}: use a module within"
+        )
+
+
 def _check_targets(plan: Plan, model: nn.Module) -> None:
-    inputs = {*arguments(model), "prompt_mask"}
-    taken = next((name for name in plan.targets if name in inputs and name != "labels"), None)
+    """Raise `ValueError` for a target that is an input of the model."""
+    inputs = {*arguments(model), "prompt_mask"} - {"labels"}
+    taken = next((name for name in plan.targets if name in inputs), None)
     if taken is not None:
         raise ValueError(
             f"the target {taken!r} of a head is an input of the model, which would miss it: copy it to a column of "
@@ -145,18 +209,18 @@ def _check_targets(plan: Plan, model: nn.Module) -> None:
 
 
 def _check_order(plan: Plan, source: PlannedNode, reader: PlannedNode) -> None:
-    turn = {stack.path: i for i, stack in enumerate(sorted(plan.stacks, key=lambda s: s.role != "encoder"))}
-    listed = {one.node.name: i for i, one in enumerate(plan.nodes)}
-    before, after = (
-        (turn.get(one.address.stack, 0), one.address.order, listed[one.node.name]) for one in (source, reader)
-    )
-    if before[1] is None or after[1] is None:
-        if before[0] != after[0]:
+    """Raise `ValueError` for a source that does not run before its reader, for certain."""
+    paths = [info.path for info in sorted(plan.stacks, key=lambda info: info.role != "encoder")]  # encoders run first
+    stacks_of = [paths.index(one.address.stack) if one.address.stack in paths else 0 for one in (source, reader)]
+    if source.address.order is None or reader.address.order is None:
+        if stacks_of[0] != stacks_of[1]:
             return
         raise ValueError(
             f"cannot tell whether {source.node.name!r} runs before {reader.node.name!r}, since one of them names a "
             "module whose place in its block is unknown: use a component of the vocabulary"
         )
+    listed = [plan.nodes.index(one) for one in (source, reader)]
+    before, after = zip(stacks_of, (source.address.order, reader.address.order), listed, strict=True)
     if before > after:
         raise ValueError(
             f"node {reader.node.name!r} at {reader.node.site} reads {source.node.name!r} at {source.node.site}, which "

@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from reftheads.graph.node import NodeModule, Params
+from reftheads.graph.intervention import Params
 from reftheads.runtime.acting import derive
+from reftheads.runtime.node_module import NodeModule
 from reftheads.runtime.passes import Acting, NodeKey, SideBySide
 from reftheads.runtime.plan import Plan, PlannedNode
 from reftheads.runtime.scope import Call

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from reftheads.data.rows import prompts_only
-from reftheads.graph.node import IGNORE
+from reftheads.data.collator import prompts_only
+from reftheads.graph.intervention import IGNORE
 
 if TYPE_CHECKING:
     from jaxtyping import Int

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from reftheads.architectures.addresses import own_modules
+from reftheads.architectures.structure import own_modules
 
 _FOLDER = "base"
 

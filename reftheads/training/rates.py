@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from reftheads.graph.node import NodeModule
+from reftheads.runtime.node_module import NodeModule
 
 
 def own_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

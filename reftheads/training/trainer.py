@@ -1,19 +1,20 @@
 """A transformers Trainer that knows intervention graphs."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from reftheads.adapter.model import InterventionModel
-from reftheads.data.rows import Collator, complete, flat
-from reftheads.graph.node import Head
+from reftheads.data.collator import Collator
+from reftheads.data.rows import column_names, column_values, complete_dataset, count_rows
+from reftheads.data.targets import check_column
+from reftheads.graph.intervention import Head
 from reftheads.reuse.budget import choose_store
 from reftheads.reuse.forecast import Forecast, describe
 from reftheads.reuse.replay import Replay
@@ -96,7 +97,7 @@ class InterventionTrainer(SavesBase):
         if data_collator is None and processing_class is not None:
             data_collator = Collator(processing_class)
             # a batch without any row of a task has the columns of the others: all processes, and all steps, are alike
-            train_dataset, eval_dataset = map(_completed, (train_dataset, eval_dataset))
+            train_dataset, eval_dataset = map(complete_dataset, (train_dataset, eval_dataset))
         super().__init__(
             model,
             args,
@@ -118,7 +119,7 @@ class InterventionTrainer(SavesBase):
             self.reuse_summary = "reuse  nothing: the loss is computed from all logits"
         layer = next(module for module in model.modules() if isinstance(module, Interventions))
         self._target_names = list(dict.fromkeys(name for plan in layer.plans.values() for name in plan.targets))
-        columns = _columns(train_dataset)
+        columns = column_names(train_dataset)
         if columns is not None and isinstance(data_collator, Collator):  # a collator of one's own may make columns
             for target in (target for name in layer.active_adapters for target in layer.plans[name].targets):
                 if target not in columns:
@@ -209,7 +210,7 @@ class InterventionTrainer(SavesBase):
         batches = self._sample()
         self.reuse_summary = describe(replay, batches)
         rows: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        size = Forecast.of(replay, batches).bytes_of(_length(rows)) if batches else None
+        size = Forecast.of(replay, batches).bytes_of(count_rows(rows)) if batches else None
         store, why = choose_store(
             self.reuse,  # type: ignore[arg-type]
             size,
@@ -288,63 +289,9 @@ def _check_arguments(reuse: Any, **datasets: Any) -> None:
 
 
 def _check_targets(head: Head, dataset: Any, name: str) -> None:
-    """Raises `ValueError` for a row whose target cannot be, or if no row has one; on the CPU, before training."""
-    values = _values(dataset, str(head.target))
-    if not values:
-        return
-    if all(isinstance(value, int | float) for value in values):
-        target = torch.tensor(values)
-        head.check(target, f"row {{row}} of {name}")
-        given = bool(head.given(target).any())
-    else:
-        given = any([_row_has_target(head, value, f"row {row} of {name}") for row, value in enumerate(values)])
-    if not given:
+    """Raise `ValueError` for a row whose target cannot be, or if no row has one; on the CPU, before training."""
+    column = column_values(dataset, str(head.target))
+    if column and not check_column(head, column, f"row {{row}} of {name}"):
         raise ValueError(
             f"no row of {name} has a target {head.target!r}: fill the column, or give the head target=None"
         )
-
-
-def _row_has_target(head: Head, value: Any, where: str) -> bool:
-    """Whether there is a target in one row; raises `ValueError` if it cannot be."""
-    if value is None:
-        return False
-    try:
-        target = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"target {head.target!r} in {where} is {value!r}: give a number, or a list of numbers"
-        ) from None
-    if head.target_width is not None and (target.ndim == 0 or target.shape[-1] != head.target_width):
-        raise ValueError(
-            f"target {head.target!r} in {where} is {value!r}: give {head.target_width} numbers, one an output"
-        )
-    head.check(target, where)
-    return bool(head.given(target).any())
-
-
-def _completed(dataset: Any) -> Any:
-    rows = isinstance(dataset, list | tuple) and all(isinstance(row, Mapping) for row in dataset)
-    return complete(dataset) if rows else dataset
-
-
-def _length(dataset: Any) -> int:
-    """How many rows there are, those of pairs one by one."""
-    return len(flat(dataset)) if isinstance(dataset, list | tuple) else len(dataset)
-
-
-def _values(dataset: Any, column: str) -> Sequence[Any] | None:
-    """A column of a dataset; `None` if only running through all of its rows would show it."""
-    if isinstance(dataset, list | tuple):
-        return [row.get(column) for row in flat(dataset)]
-    return list(dataset[column]) if column in (getattr(dataset, "column_names", None) or ()) else None
-
-
-def _columns(dataset: Any) -> list[str] | None:
-    """The names of a dataset's columns; `None` if only running through it would show them."""
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-        return getattr(dataset, "column_names", None)
-    if isinstance(dataset, list | tuple):
-        rows = flat(dataset)
-        return list(dict.fromkeys(name for row in rows for name in row)) if isinstance(rows[0], Mapping) else None
-    row = dataset[0]
-    return list(row) if isinstance(row, Mapping) else None

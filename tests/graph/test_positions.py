@@ -1,6 +1,11 @@
 """Every rule against an oracle that slices Python lists, row by row."""
 
+import copy
+import os
+import pickle
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reftheads.graph.positions import Positions, Selection, Tokens
+from reftheads.graph.positions import Positions
+from reftheads.graph.selection import Selection
+from reftheads.graph.tokens import Tokens
 
 FEW = settings(max_examples=150, deadline=None)
 
@@ -332,6 +339,79 @@ def test_where_needs_ids_and_tokens():
         Positions.where(token_ids=[])
     with pytest.raises(ValueError, match="look at token ids, but the model was given embeddings only"):
         Positions.where(token_ids=[3]).select(Tokens.of((1, 4)))
+
+
+def test_a_selection_fits_chunks_of_any_length():
+    columns, valid = torch.tensor([[0, 2], [1, 0]]), torch.tensor([[True, True], [True, False]])
+    selection = Selection(columns=columns, valid=valid)
+    for chunk in (3, 5, 4, 3):
+        h = torch.arange(2.0 * chunk).view(2, chunk, 1)
+        assert selection.gather(h)[..., 0].tolist() == [[0, 2], [chunk + 1, chunk]]
+        changed = selection.scatter(h, selection.gather(h), torch.full((2, 2, 1), -1.0))
+        assert (changed == -1).nonzero()[:, :2].tolist() == [[0, 0], [0, 2], [1, 1]]
+
+
+# --- rules as keys -------------------------------------------------------------------------------------------
+
+
+class Every:
+    """A callable rule that says of itself that it equals all others, and that has no hash."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        return tokens.rank % self.step == 0
+
+
+def test_equal_rules_are_one_key_and_callables_are_told_apart():
+    second, third = Every(2), Every(3)
+    rules = ["f7+l7", " f7 + l7", {"token_ids": [7]}, Positions.where([7]), second, second, third]
+    keys = dict.fromkeys(map(Positions.parse, rules))
+    assert [str(key) for key in keys] == ["f7+l7", "where token_ids in [7]", "callable", "callable"]
+    assert Positions("all") != "all" and Positions("l1") != Positions("-1")
+
+
+def test_a_rule_is_hashed_once_however_often_it_is_a_key():
+    class Text(str):
+        hashes = 0
+
+        def __hash__(self) -> int:
+            Text.hashes += 1
+            return super().__hash__()
+
+    rule = Positions("all")
+    object.__setattr__(rule, "text", Text("all"))
+    table = {rule: 1}
+    assert [table[rule] for _ in range(5)] == [1] * 5 and Text.hashes == 1
+
+
+@pytest.mark.parametrize("remake", [copy.copy, copy.deepcopy, lambda rule: pickle.loads(pickle.dumps(rule))])
+@pytest.mark.parametrize("spec", ["f7 of f7+l7", "-4:", {"token_ids": [7, 9]}])
+def test_a_copied_rule_is_the_same_key(spec, remake):
+    rule = Positions.parse(spec)
+    hash(rule)
+    again = remake(rule)
+    assert again == rule and {rule: 1}[again] == 1 and again.bound == rule.bound
+    assert remake(Positions.parse(len)).rule is len
+
+
+_OTHER_PROCESS = """
+import pickle, sys
+from reftheads.graph.positions import Positions
+print({Positions("f7+l7"): "there"}[pickle.loads(bytes.fromhex(sys.argv[1]))])
+"""
+
+
+def test_a_rule_that_was_sent_to_another_process_is_the_same_key_there():
+    rule = Positions("f7+l7")
+    hash(rule)  # texts have another hash in every process
+    command = [sys.executable, "-W", "ignore", "-c", _OTHER_PROCESS, pickle.dumps(rule).hex()]
+    run = subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "there"
 
 
 # --- cost -------------------------------------------------------------------------------------------------

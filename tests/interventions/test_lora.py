@@ -8,7 +8,8 @@ from support.models import WIDTH, random_ids, randomise, tiny_gpt2, tiny_llama, 
 
 import reftheads as rh
 from reftheads.graph import Context
-from reftheads.graph.node import NodeModule, Shape
+from reftheads.graph.intervention import Shape
+from reftheads.runtime.node_module import NodeModule
 
 EXACT = {"atol": 1e-10, "rtol": 0}
 LLAMA = "model.layers.1.self_attn.q_proj"

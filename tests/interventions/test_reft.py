@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import reftheads as rh
 from reftheads.graph import Context, Edit
-from reftheads.graph.node import NodeModule, Shape
+from reftheads.graph.intervention import Shape
 from reftheads.interventions.reft import orthonormalise
+from reftheads.runtime.node_module import NodeModule
 
 LAYER = 1
 EXACT = {"atol": 1e-10, "rtol": 0}

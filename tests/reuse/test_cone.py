@@ -11,7 +11,7 @@ from support.models import LAYERS, random_ids, randomise, tiny_bart, tiny_llama
 from torch import nn
 
 import reftheads as rh
-from reftheads.architectures.addresses import stacks
+from reftheads.architectures.structure import stacks
 from reftheads.graph.site import BLOCK_COMPONENTS
 from reftheads.reuse.cone import Cone
 from reftheads.runtime import compile_graph
