@@ -20,6 +20,15 @@ from reftheads.presets import PresetName, preset
 from reftheads.runtime.node_module import NodeModule
 
 MODES = ("all", "first", "middle", "last", "last:3", "lora4", "loreft4", "bitfit", "head", "probe")
+"""Name a mode of each kind; numbers and components of others are as good, see `parameters_to_fine_tune`.
+
+Example:
+    ```python
+    >>> import reftheads.fewshot as fs
+    >>> "bitfit" in fs.MODES
+    True
+    ```
+"""
 _OF_BASE = re.compile(r"all|bitfit|head|probe|(first|middle|last)(:[1-9]\d*)?")
 
 

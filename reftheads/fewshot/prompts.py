@@ -64,7 +64,15 @@ formats: dict[str, Format] = {
     "rating": Format("Review: {x} Rating: {y}", "Review: {x} Rating:", between="\n"),
     "custom": Format("Input: {x}\nOutput: {y}", "Input: {x}\nOutput:", between="\n\n"),
 }
-"""The known formats; add your own under a new name. `qa`, `none` and `tldr` are those of Stanford's CS330."""
+"""Look up a format by its name; add your own under a new one. `qa`, `none` and `tldr` are those of Stanford's CS330.
+
+Example:
+    ```python
+    >>> import reftheads.fewshot as fs
+    >>> fs.icl_prompts(["Anna is home."], ["kitchen"], ["Ben went out."], fs.formats["qa"])
+    ['Anna is home. In the kitchen. Ben went out. In the']
+    ```
+"""
 
 
 def icl_prompts(

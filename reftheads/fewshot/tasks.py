@@ -16,6 +16,15 @@ from reftheads.fewshot.metrics import accuracy, exact_match, rouge
 _INPUTS = ("input", "text", "sentence", "passage", "document")
 _ANSWERS = ("answer", "label", "summary")
 RATINGS = ("terrible", "bad", "okay", "good", "great")
+"""Name the grades of a rating from 0 to 4, as the labels of SST-5 and of a five-star review are read.
+
+Example:
+    ```python
+    >>> import reftheads.fewshot as fs
+    >>> fs.RATINGS[4]
+    'great'
+    ```
+"""
 
 
 class Example(NamedTuple):

@@ -238,7 +238,7 @@ class InterventionTrainer(SavesBase):
         return self.args.max_steps * step <= rows
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate, and add the mean loss of each head to the metrics."""
+        """Evaluate as `Trainer` does, and add the mean loss of each head to the metrics."""
         self._evaluated = MeanLosses()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         losses = self._evaluated.take(self.accelerator)
