@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 import uuid
 import zlib
@@ -94,6 +95,7 @@ class ActivationStore:
         self._files: OrderedDict[Path, _File] = OrderedDict()
         self._path: dict[str, Path] = {}
         self._verified: set[str] = set()
+        self._lock = threading.RLock()  # threads that train or generate may share a store
         if self.directory is not None:
             self._open(self.directory)
             if disk_budget is None:  # files of an earlier run count as free: else every run would halve the budget
@@ -106,18 +108,17 @@ class ActivationStore:
 
         An entry whose file has vanished, is truncated or damaged is not there; a damaged file is removed.
         """
-        entry = self._memory.get(key)
-        if entry is not None:
-            self._memory.move_to_end(key)
-        elif key in self._path:
-            entry = self._read(key, self._path[key])
-        if key in self._path:
-            self._files.move_to_end(self._path[key])
-        if entry is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        return dict(entry)
+        with self._lock:
+            entry = self._memory.get(key)
+            if entry is not None:
+                self._memory.move_to_end(key)
+            elif key in self._path:
+                entry = self._read(key, self._path[key])
+            if key in self._path:
+                self._files.move_to_end(self._path[key])
+            self.hits += entry is not None
+            self.misses += entry is None
+            return None if entry is None else dict(entry)
 
     @torch.inference_mode(False)  # what is kept may be needed for a backward pass
     def put(self, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -135,12 +136,13 @@ class ActivationStore:
         """
         for key, entry in entries.items():
             _check(key, entry)
-        for key in entries:
-            self._forget(key)
-        if self.directory is not None and entries:
-            self._write(self.directory, entries)
-        for key, entry in entries.items():
-            self._keep(key, self._detached(entry))
+        with self._lock:
+            for key in entries:
+                self._forget(key)
+            if self.directory is not None and entries:
+                self._write(self.directory, entries)
+            for key, entry in entries.items():
+                self._keep(key, self._detached(entry))
 
     def __contains__(self, key: object) -> bool:
         return key in self._memory or key in self._path
@@ -150,10 +152,11 @@ class ActivationStore:
 
     def clear(self) -> None:
         """Forget all entries, and remove the files that this store knows of; the other counters stay."""
-        self._memory.clear()
-        self.bytes = 0
-        for path in list(self._files):
-            self._remove(path)
+        with self._lock:
+            self._memory.clear()
+            self.bytes = 0
+            for path in list(self._files):
+                self._remove(path)
 
     def counters(self) -> dict[str, int]:
         """Return what a trainer logs: `hits`, `misses` and `evictions`, and `bytes` and `disk_bytes` that are taken."""

@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -550,3 +552,26 @@ def test_a_store_that_is_opened_again_holds_what_the_first_one_held(puts):
         again = ActivationStore(0, folder, 5000)
         assert again._path.keys() >= store._path.keys()
         assert all(value(again, key) == int(key, 16) for key in list(again._path))
+
+
+def test_threads_share_a_store(tmp_path):
+    store = ActivationStore(budget=8 * 1024, directory=tmp_path, disk_budget=10**6)
+    keys = [f"{i:02x}" for i in range(24)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def use(seed: int) -> None:
+        for key in random.Random(seed).choices(keys, k=150):
+            found = store.get(key)
+            assert found is None or found["h"].unique().tolist() == [int(key, 16)]
+            if found is None:
+                store.put({key: entry(int(key, 16))})
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(use, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+    assert store.hits + store.misses == 4 * 150
+    assert store.bytes == sum(t.nbytes for kept in store._memory.values() for t in kept.values()) <= store.budget
+    assert all(store.get(key)["h"].unique().tolist() == [int(key, 16)] for key in keys if key in store)
