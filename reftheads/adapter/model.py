@@ -79,10 +79,11 @@ class InterventionModel(SavablePeftModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the base model's output with what was read; see `reusing` for how less of it is computed."""
-        replay = scope_of(self.tuner.layer).replay
+        layer = self.tuner.layer
+        replay = scope_of(layer).replay
         if replay is not None and not args:
             batch = dict(kwargs)
-            with self.tuner.layer.rows_by_adapter(batch.pop("adapter_names", None)):
+            with layer.rows_by_adapter(batch.pop("adapter_names", None)):
                 output = replay(batch)
             if output is not None:
                 return output

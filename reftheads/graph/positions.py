@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Positions:
     """Say which tokens of a row are meant.
 
@@ -63,11 +63,14 @@ class Positions:
 
     text: str = "all"
     token_ids: tuple[int, ...] | None = None
-    rule: Callable[[Tokens], Bool[Tensor, "batch chunk"]] | None = None
-    _terms: tuple[Term, ...] = field(init=False, repr=False, default=())
-    _part: str | None = field(init=False, repr=False, default=None)  # the one term that is meant
+    rule: Callable[[Tokens], Bool[Tensor, "batch chunk"]] | None = field(default=None, compare=False)
+    _rule_id: int | None = field(init=False, repr=False, default=None)  # callables are told apart by identity
+    _terms: tuple[Term, ...] = field(init=False, repr=False, compare=False, default=())
+    _part: str | None = field(init=False, repr=False, compare=False, default=None)  # the one term that is meant
 
     def __post_init__(self) -> None:
+        if self.rule is not None:
+            object.__setattr__(self, "_rule_id", id(self.rule))
         if self.token_ids is not None or self.rule is not None:
             return
         if not isinstance(self.text, str):
@@ -80,22 +83,8 @@ class Positions:
         object.__setattr__(self, "_terms", terms)
         object.__setattr__(self, "_part", part if of else None)
 
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if not isinstance(other, Positions):
-            return NotImplemented
-        return (self.text, self.token_ids) == (other.text, other.token_ids) and self.rule is other.rule
-
-    @cached
-    def _hash(self) -> int:
-        return hash((self.text, self.token_ids, id(self.rule)))
-
-    def __hash__(self) -> int:
-        return self._hash
-
     def __reduce__(self) -> tuple[Any, ...]:
-        # made anew, since another process hashes texts otherwise, and a copied callable is another rule
+        # made anew, since a copied callable is another rule
         return type(self), (self.text, self.token_ids, self.rule)
 
     @classmethod

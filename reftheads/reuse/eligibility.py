@@ -78,7 +78,7 @@ class Eligibility:
     def why_no_prefix(self, cone: Cone) -> str | None:
         """Return why all tokens of a row are computed in every step."""
         facts = self.facts
-        if not facts.info.causal or facts.seq2seq:
+        if not facts.causal or facts.seq2seq:
             return "every token sees all the others"
         if cone.first is None:
             return NO_EDIT

@@ -73,6 +73,11 @@ class Facts:
         """Return whether they are of this model, as it is now."""
         return base is self.base and tuple(base.modules()) == self.modules
 
+    @cached
+    def causal(self) -> bool:
+        """Return whether a token of the stack depends on no later one."""
+        return self.info.causal
+
     @property
     def seq2seq(self) -> bool:
         """Return whether an encoder is fed the input, and a decoder the answer."""

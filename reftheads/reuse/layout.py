@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reftheads._utils.lazy import cached
 from reftheads.graph.positions import Positions
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class Layout:
         real = steps < total - before
         return cls(start + torch.minimum(before + steps, total - 1).clamp(min=0), real, tuple(prefixes))
 
-    @cached
+    @property
     def past(self) -> int:
         """Return how many columns the cache has."""
         return max(self.prefixes)

@@ -69,7 +69,7 @@ class Split:
             return False
         if labels.shape != mask.shape:
             # what classifies a row is its first column
-            return not self.facts.info.causal and not bool(mask[:, 0].all())
+            return not self.facts.causal and not bool(mask[:, 0].all())
         judged = shifted(labels) != IGNORE
         if self.facts.lm_head is None:
             judged = judged | (labels != IGNORE)

@@ -375,20 +375,6 @@ def test_equal_rules_are_one_key_and_callables_are_told_apart():
     assert Positions("all") != "all" and Positions("l1") != Positions("-1")
 
 
-def test_a_rule_is_hashed_once_however_often_it_is_a_key():
-    class Text(str):
-        hashes = 0
-
-        def __hash__(self) -> int:
-            Text.hashes += 1
-            return super().__hash__()
-
-    rule = Positions("all")
-    object.__setattr__(rule, "text", Text("all"))
-    table = {rule: 1}
-    assert [table[rule] for _ in range(5)] == [1] * 5 and Text.hashes == 1
-
-
 @pytest.mark.parametrize("remake", [copy.copy, copy.deepcopy, lambda rule: pickle.loads(pickle.dumps(rule))])
 @pytest.mark.parametrize("spec", ["f7 of f7+l7", "-4:", {"token_ids": [7, 9]}])
 def test_a_copied_rule_is_the_same_key(spec, remake):
