@@ -1,9 +1,9 @@
-# Two commands are enough: `make demo` and `make test`. Both make the environment they need in .venv.
+# Two commands are enough: `make demo` and `make test`. Each makes the environment that it needs in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check format bench docs pictures clean
+.PHONY: demo test quick check format bench docs pictures clean
 
 # torch first and alone: a range would take the newest build, which brings gigabytes of CUDA packages
 .venv/base: constraints.txt
@@ -25,7 +25,11 @@ demo: .venv/package
 	$(BIN)/python recipes/emoji_chat.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# one test of each claim, for the inner loop
+quick: .venv/dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal --quick
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -9,27 +9,145 @@ it a step (`rh.sweep`); how much faster that is than one by one is measured. The
 few_shot_finetune.py and in_context.py, which keep them under OUT/ft and OUT/icl.
 """
 
-import argparse
-import json
 import math
-import tempfile
 import time
 from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
 
 import few_shot_finetune as ft
 import in_context as icl
+from _common import UsageError, begin, command_line, write_json
 from rich.console import Console
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
 import reftheads as rh
 import reftheads.fewshot as fs
-from reftheads._utils.atomic import replacing
+
+
+def main(
+    task: Literal["rating", "qa", "summary"] = "rating", data: str | None = None,
+    models: tuple[str, ...] = ("tiny-chat",), modes: tuple[str, ...] | None = None,
+    formats: tuple[str, ...] | None = None, ks: tuple[int, ...] = (1, 8), seeds: tuple[int, ...] = (0, 1, 2),
+    tests: int = 100, steps: int = 25, epochs: int = 3, batch: int = 32, head_lr: float = 1e-2, stop: float = 0.02,
+    max_length: int = 256, order: Literal["random", "global", "local"] = "random", probes: int = 16,
+    context: int | None = None, factors: tuple[float, ...] = (0.3, 1.0, 3.0), choose_k: int = 8,
+    choose_seed: int = 1000, timed: int = 3, threads: int | None = None, out: Path = Path("results"),
+) -> None:  # fmt: skip
+    """Choose each mode a learning rate, fine-tune by it, answer in context, and show all in one table."""
+    begin(threads=threads)
+    check(timed, choose_seed, seeds)
+    data = data or ft.HUB[task]
+    examples = ft.load(task, data, max_length)
+    tests = min(tests, len(examples.test))
+    settings = ft.Settings(task, data, tests, steps, epochs, batch, max_length, head_lr, stop)
+    choice = Choice(factors, choose_k, choose_seed, timed)
+    pairs = ft.pairs_of(examples, settings, models, modes)
+    shared = {name: value for name, value in asdict(settings).items() if name not in ("tests", "stop")}
+    study = fs.Study(out / "rates" / task, **shared, **asdict(choice))
+    rated = study.run(pairs, lambda **pair: choose(examples, settings, choice, **pair))
+    results = ft.fine_tune(examples, settings, rated, ks, seeds, out)
+    writers = tuple(model for model in models if rh.load_base(model)[0].can_generate())
+    if writers:
+        asked = icl.Settings(task, data, tests, order, probes, context)
+        answered = icl.in_context(examples, asked, writers, formats, ks, seeds, batch, out)
+        results += [{**cell, "mode": f"in context, {cell['format']}", "lr": None, "trained": 0} for cell in answered]
+
+    console, title = Console(), f"{task}, {tests} tests: mean ± deviation of {len(seeds)} seeds"
+    console.print(fs.table_of(results, ["model", "mode", "trained"], "k", title=title))
+    for pair in rated:
+        if "speed_up" in pair:
+            console.print("{model}, {mode}: trials side by side are {speed_up:.1f} times as fast".format(**pair))
+    fs.plot(results, out / f"compare_{task}.png", ["model", "mode"], title=title)
+    write_json(out / f"compare_{task}.json", {"rates": rated, "results": results})
+
+
+# --- learning rates ---
 
 GRAPHS = ("lora", "loreft", "probe")
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How learning rates are chosen.
+
+    Attributes:
+        factors: of a mode's usual learning rate, to try.
+        choose_k, choose_seed: the examples that they are tried on.
+        timed: steps by which trials side by side and in turn are compared.
+    """
+
+    factors: tuple[float, ...]
+    choose_k: int
+    choose_seed: int
+    timed: int
+
+
+def check(timed: int, choose_seed: int, seeds: tuple[int, ...]) -> None:
+    """Raise `UsageError` for options that would measure the wrong thing."""
+    if timed < 2:
+        raise UsageError(f"--timed {timed}: the first step does not count, so give 2 or more")
+    if choose_seed in seeds:
+        raise UsageError(f"--choose-seed {choose_seed} is one of --seeds: rates would be chosen on what is measured")
+
+
+def choose(task: fs.Task, settings: ft.Settings, choice: Choice, model: str, mode: str) -> dict:
+    """Return the learning rate with the least loss, out of the usual one and its neighbours."""
+    rates, times = [float(f"{ft.rate_of(mode) * factor:.2g}") for factor in choice.factors], {}
+    if mode.startswith(GRAPHS):
+        losses, _ = side_by_side(task, settings, choice, model, mode, rates)
+        _, together = side_by_side(task, settings, choice, model, mode, rates, choice.timed)
+        alone = sum(side_by_side(task, settings, choice, model, mode, [rate], choice.timed)[1] for rate in rates)
+        times = {"seconds_side_by_side": together, "seconds_in_turn": alone, "speed_up": alone / together}
+    else:
+        losses = in_turn(task, settings, choice, model, mode, rates)
+    best = min(rates, key=lambda rate: (math.isnan(losses[rate]), losses[rate]))
+    return {"lr": best, "losses": list(losses.values()), "rates": rates, **times}
+
+
+def side_by_side(
+    task: fs.Task, settings: ft.Settings, choice: Choice, model: str, mode: str, rates: list[float],
+    steps: int | None = None,
+) -> tuple[dict[float, float], float]:  # fmt: skip
+    """Return the loss on held-out examples by learning rate, and the seconds of training, all rates at once."""
+    graph = ft.build(task, settings, model, mode)[0].plan().graph
+    base, tokenizer = rh.load_base(model, dropout=False)
+    rows, held_out = halves(task, settings, choice, base, tokenizer)
+    args = ft.arguments(settings, len(rows), rates[0], seed=0)
+    args.max_steps = steps or args.max_steps
+    clock = Clock()
+    with redirect_stdout(None):  # a Trainer prints what it logs
+        _, trials = rh.sweep(
+            base, tokenizer, rows, graph, args, eval_rows=held_out, learning_rates=rates, callbacks=[clock]
+        )
+    return {trial.learning_rate: trial.eval_loss for trial in trials}, clock.seconds
+
+
+def in_turn(
+    task: fs.Task, settings: ft.Settings, choice: Choice, model: str, mode: str, rates: list[float]
+) -> dict[float, float]:
+    """Return the loss on held-out examples by learning rate."""
+    losses = {}
+    for rate in rates:
+        begin(seed=0)
+        tuned, tokenizer, _ = ft.build(task, settings, model, mode)
+        rows, held_out = halves(task, settings, choice, tuned, tokenizer)
+        trainer = ft.train(tuned, tokenizer, rows, settings, rate, seed=0)
+        with redirect_stdout(None):
+            losses[rate] = trainer.evaluate(held_out)["eval_loss"]
+    return losses
+
+
+def halves(task: fs.Task, settings: ft.Settings, choice: Choice, model, tokenizer) -> tuple[list[dict], list[dict]]:
+    """Return rows to train on and rows to evaluate by."""
+    examples = ft.support_of(task, choice.choose_k, choice.choose_seed)
+    rows = ft.encode(tokenizer, task, examples, not model.can_generate(), settings.max_length)
+    return rows[::2], rows[1::2]
+
+
 class Clock(TrainerCallback):
-    """The seconds of training without those before the first step has ended."""
+    """Take the seconds of training without those before the first step has ended."""
 
     def on_train_begin(self, *args, **kwargs) -> None:
         self.begun = None
@@ -42,88 +160,14 @@ class Clock(TrainerCallback):
         return self.ended - self.begun
 
 
-def side_by_side(args: argparse.Namespace, task: fs.Task, model: str, mode: str, rates: list[float], steps=None):
-    """The loss on held-out examples by learning rate, and the seconds of training, all rates at once."""
-    graph = ft.build(args, task, model, mode)[0].plan().graph
-    base, tokenizer = rh.load_base(model, dropout=False)
-    rows, held_out = halves(args, task, base, tokenizer)
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):
-        given = ft.arguments(args, folder, rows, rates[0], seed=0)
-        given.max_steps = steps or given.max_steps
-        trials = rh.sweep(
-            base, graph, given, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
-            learning_rates=rates, callbacks=[clock],
-        )[1]  # fmt: skip
-    return {trial.learning_rate: trial.eval_loss for trial in trials}, clock.seconds
-
-
-def in_turn(args: argparse.Namespace, task: fs.Task, model: str, mode: str, rates: list[float]) -> dict[float, float]:
-    """The loss on held-out examples by learning rate."""
-    losses = {}
-    for rate in rates:
-        set_seed(0)
-        tuned, tokenizer, _ = ft.build(args, task, model, mode)
-        rows, held_out = halves(args, task, tuned, tokenizer)
-        with redirect_stdout(None):
-            losses[rate] = ft.train(args, tuned, tokenizer, rows, rate, seed=0).evaluate(held_out)["eval_loss"]
-    return losses
-
-
-def halves(args: argparse.Namespace, task: fs.Task, model, tokenizer) -> tuple[list[dict], list[dict]]:
-    examples = ft.support_of(task, args.choose_k, args.choose_seed)
-    rows = ft.encode(tokenizer, task, examples, not model.can_generate(), args.max_length)
-    return rows[::2], rows[1::2]
-
-
-def choose(args: argparse.Namespace, task: fs.Task, model: str, mode: str) -> dict:
-    """The learning rate with the least loss, out of the usual one and its neighbours."""
-    rates, times = [float(f"{ft.rate_of(mode) * factor:.2g}") for factor in args.factors], {}
-    if mode.startswith(GRAPHS):
-        losses, _ = side_by_side(args, task, model, mode, rates)
-        together = side_by_side(args, task, model, mode, rates, args.timed)[1]
-        alone = sum(side_by_side(args, task, model, mode, [rate], args.timed)[1] for rate in rates)
-        times = {"seconds_side_by_side": together, "seconds_in_turn": alone, "speed_up": alone / together}
-    else:
-        losses = in_turn(args, task, model, mode, rates)
-    best = min(rates, key=lambda rate: (math.isnan(losses[rate]), losses[rate]))
-    return {"lr": best, "losses": list(losses.values()), "rates": rates, **times}
-
-
-def main() -> None:
-    parser = ft.options(str(__doc__).split("\n")[0])
-    ft.training_options(parser)
-    icl.prompt_options(parser)
-    numbers = {"type": lambda text: [float(n) for n in text.split(",")]}
-    parser.add_argument("--factors", default=[0.3, 1, 3], help="of a mode's usual learning rate, to try", **numbers)
-    parser.add_argument("--choose-k", type=int, default=8, help="examples of each class to choose the rates with")
-    parser.add_argument("--choose-seed", type=int, default=1000, help="draws them; none of --seeds")
-    parser.add_argument("--timed", type=int, default=3, help="steps by which side by side and in turn are compared")
-    args, task = ft.read(parser)
-    if args.timed < 2:
-        parser.error(f"--timed {args.timed}: the first step does not count, so give 2 or more")
-    if args.choose_seed in args.seeds:
-        parser.error(f"--choose-seed {args.choose_seed} is one of --seeds: rates would be chosen on what is measured")
-    pairs = ft.pairs_of(args, task)
-    names = "task", "data", "factors", "choose_k", "choose_seed", "timed", "steps", "epochs", "batch", "max_length"
-    study = fs.Study(args.out / "rates" / task.name, **{name: getattr(args, name) for name in (*names, "head_lr")})
-    chosen = study.run(pairs, lambda **pair: choose(args, task, **pair))
-    results = ft.fine_tune(args, task, chosen)
-    args.models = [model for model in args.models if rh.load_base(model)[0].can_generate()]
-    if args.models:
-        shown = icl.in_context(args, task)
-        results += [{**cell, "mode": f"in context, {cell['format']}", "lr": None, "trained": 0} for cell in shown]
-
-    console, title = Console(), f"{task.name}, {args.tests} tests: mean ± deviation of {len(args.seeds)} seeds"
-    console.print(fs.table_of(results, ["model", "mode", "trained"], "k", title=title))
-    for found in chosen:
-        if "speed_up" in found:
-            console.print("{model}, {mode}: trials side by side are {speed_up:.1f} times as fast".format(**found))
-    fs.plot(results, args.out / f"compare_{task.name}.png", ["model", "mode"], title=title)
-    text = json.dumps({"rates": chosen, "results": results}, indent=1)
-    with replacing(args.out / f"compare_{task.name}.json") as path:
-        path.write_text(text + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    command_line(
+        main,
+        **ft.HELP,
+        **ft.TRAINING_HELP,
+        **icl.PROMPT_HELP,
+        factors="of a mode's usual learning rate, to try",
+        choose_k="examples of each class to choose the rates with",
+        choose_seed="draws them; none of --seeds",
+        timed="steps by which side by side and in turn are compared",
+    )

@@ -11,42 +11,113 @@ the text and the model does not, so that on a text that is strange to the model 
     python recipes/linear_probe.py --model gpt2 --layer -4 --text Salesforce/wikitext:wikitext-2-raw-v1 --limit 2000
 """
 
-import argparse
-import csv
-import json
 import math
 import random
-import tempfile
-import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
-import transformers
+from _common import Watch, begin, command_line, progress, read_splits, read_topics, trainer_arguments, write_results
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 import reftheads as rh
-from reftheads._utils.atomic import replacing
 
-TOPICS = Path(__file__).parent / "tools" / "tiny_chat_topics.tsv"
-TOP = 5
+
+def main(
+    model: str = "tiny-chat", layer: int | None = None, text: str | None = None, column: str = "text",
+    limit: int | None = None, length: int = 128, start: Literal["random", "copy"] = "random", epochs: int = 10,
+    lr: float = 3e-3, batch_size: int = 16, seed: int = 0, prompts: list[str] | None = None, out: Path | None = None,
+) -> None:  # fmt: skip
+    """Train a probe at one block, and judge it beside the model and the logit lens."""
+    settings = dict(locals())
+    begin(model, seed=seed)
+    base, tokenizer, output_matrix = load(model)
+    rows, held_out = split(tokenizer, documents(tokenizer, text, column), length, limit, seed)
+    layer = base.config.num_hidden_layers // 2 if layer is None else layer
+    node = rh.Node(probe(len(output_matrix)), layer=layer, name="probe")
+    probed = rh.InterventionModel(base, rh.InterventionGraph(node))
+    lens = logit_lens(probed, tokenizer, output_matrix, held_out, batch_size, keep=start == "copy")
+
+    args = arguments(epochs, lr, batch_size, seed)
+    with progress() as bar:
+        watch = Watch(bar, f"a probe of {len(rows):,} rows at block {layer}")
+        trainer = rh.InterventionTrainer(
+            probed, args, train_dataset=rows, processing_class=tokenizer, callbacks=[watch]
+        )
+        trainer.train()
+    after = perplexities(probed, tokenizer, held_out, batch_size)
+
+    console = Console()
+    console.print(trainer.reuse_summary, highlight=False)
+    table = Table("prompt", "model", "probe", title=f"{model}, block {layer}: the likeliest next tokens")
+    for ids in prompts_of(tokenizer, prompts, held_out):
+        likeliest = next_tokens(probed, tokenizer, ids)
+        table.add_row(shown(tokenizer.decode(ids)), line_of(likeliest["model"]), line_of(likeliest["probe"]))
+    console.print(table)
+    figures = {"model": after["model"], "probe": after["probe"], "logit_lens": lens["probe"]}
+    names = ("the model itself", f"the probe, from a {start} start", "the model's output matrix, untrained")
+    table = Table("", "perplexity", title=f"{model}, block {layer}, {len(held_out)} held-out rows")
+    for name, perplexity in zip(names, figures.values(), strict=True):
+        table.add_row(name, figure(perplexity))
+    console.print(table)
+    console.print(f"first epoch {watch.epochs[0]:.1f} s, all {epochs} epochs {sum(watch.epochs):.1f} s")
+    if out:
+        results = {"layer": layer, "perplexity": figures, "epoch_seconds": watch.epochs}
+        write_results(out, "linear_probe", settings | results)
+
+
+# --- the model and its probes ---
+
+
+def load(model: str):
+    """Return the base model, its tokenizer, and the matrix that it predicts the next token with."""
+    base, tokenizer = rh.load_base(model, dropout=False)
+    output_layer = base.get_output_embeddings()
+    if output_layer is None:
+        raise SystemExit(f"{model} is no language model: its {type(base).__name__} has no output layer")
+    return base, tokenizer, output_layer.weight
+
+
+def probe(vocabulary: int) -> rh.LinearHead:
+    """Return a head that predicts the next token, without any effect on the model."""
+    return rh.LinearHead(vocabulary, target="next", shift=True, detach=True, bias=False)
+
+
+def arguments(epochs: int, lr: float, batch_size: int, seed: int):
+    """Return how probes are trained: one norm of all gradients would couple them, so there is no clipping."""
+    return trainer_arguments(
+        num_train_epochs=epochs, learning_rate=lr, per_device_train_batch_size=batch_size, max_grad_norm=0, seed=seed
+    )
+
+
+def logit_lens(
+    model: rh.InterventionModel, tokenizer, output_matrix: torch.Tensor, rows: list[dict], batch_size: int, keep: bool
+) -> dict[str, float]:
+    """Return the perplexities of the model's output matrix in every probe; with `keep` the probes start from it."""
+    names = model.plan().graph.names
+    random_start = {name: model.node(name).W.detach().clone() for name in names}
+    for name in names:
+        model.node(name).assign(W=output_matrix)
+    lens = perplexities(model, tokenizer, rows, batch_size)
+    for name in () if keep else names:
+        model.node(name).assign(W=random_start[name])
+    return lens
+
+
+# --- text ---
 
 Row = dict[str, list[int]]
 
 
-def documents(args: argparse.Namespace, tokenizer) -> list[str]:
-    """A file is one document; a data set of the Hub has one a row; left out, one a topic of the toy model."""
-    if args.text is None:
-        with TOPICS.open(encoding="utf-8") as file:
-            topics = list(csv.DictReader(file, delimiter="\t"))
-        turns = [(f"Tell me about {t['topic']}.", f"{t['fact']} {t['more']}") for t in topics]
+def documents(tokenizer, text: str | None, column: str) -> list[str]:
+    """Return a file as one document, a data set of the Hub with one a row; left out, one a topic of the toy model."""
+    if text is None:
+        turns = [(f"Tell me about {t['topic']}.", f"{t['fact']} {t['more']}") for t in read_topics()]
         if not tokenizer.chat_template:
             return [" ".join(pair) for pair in turns]
         return [
@@ -55,12 +126,9 @@ def documents(args: argparse.Namespace, tokenizer) -> list[str]:
             )
             for question, answer in turns
         ]
-    if Path(args.text).is_file():
-        return [Path(args.text).read_text(encoding="utf-8")]
-    from datasets import load_dataset
-
-    name, _, configuration = args.text.partition(":")
-    return load_dataset(name, configuration or None, split="train")[args.column]
+    if Path(text).is_file():
+        return [Path(text).read_text(encoding="utf-8")]
+    return read_splits(text)["train"][column]
 
 
 def start_of(tokenizer) -> list[int]:
@@ -68,11 +136,12 @@ def start_of(tokenizer) -> list[int]:
 
 
 def encode(tokenizer, text: str) -> list[int]:
+    """Return a text as ids behind the tokenizer's first token, if it has one."""
     return [*start_of(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 def blocks(tokenizer, texts: Iterable[str], length: int) -> Iterator[Row]:
-    """Documents in rows of at most `length` tokens; the targets of a row are its own tokens."""
+    """Yield documents in rows of at most `length` tokens; the targets of a row are its own tokens."""
     start = start_of(tokenizer)
     taken = length - len(start)
     for text in texts:
@@ -83,67 +152,30 @@ def blocks(tokenizer, texts: Iterable[str], length: int) -> Iterator[Row]:
                 yield {"input_ids": row, "next": row}
 
 
-def split(args: argparse.Namespace, tokenizer) -> tuple[list[Row], list[Row]]:
-    """Rows to train on, and a tenth of all that is held out."""
-    rows = list(islice(blocks(tokenizer, documents(args, tokenizer), args.length), args.limit))
-    random.Random(args.seed).shuffle(rows)
+def split(tokenizer, texts: list[str], length: int, limit: int | None, seed: int) -> tuple[list[Row], list[Row]]:
+    """Return rows to train on, and a tenth of all that is held out."""
+    rows = list(islice(blocks(tokenizer, texts, length), limit))
+    random.Random(seed).shuffle(rows)
     held_out = max(len(rows) // 10, 1)
     return rows[held_out:], rows[:held_out]
 
 
-def load(args: argparse.Namespace):
-    """The base model, its tokenizer, and the matrix that it predicts the next token with."""
-    base, tokenizer = rh.load_base(args.model, dropout=False)
-    own = base.get_output_embeddings()
-    if own is None:
-        raise SystemExit(f"{args.model} is no language model: its {type(base).__name__} has no output layer")
-    return base, tokenizer, own.weight
+def prompts_of(tokenizer, prompts: list[str] | None, held_out: list[Row]) -> list[list[int]]:
+    """Return the prompts as ids; left out, the first halves of some held-out rows."""
+    if prompts:
+        return [encode(tokenizer, text) for text in prompts]
+    return [row["input_ids"][: len(row["input_ids"]) // 2] for row in held_out[:4]]
 
 
-def probe(vocabulary: int) -> rh.LinearHead:
-    return rh.LinearHead(vocabulary, target="next", shift=True, detach=True, bias=False)
+# --- figures ---
 
 
-class Watch(TrainerCallback):
-    """Calls a function after every step, and takes the time of every epoch."""
-
-    def __init__(self, step: Callable[[int], object]):
-        self.step = step
-        self.epochs: list[float] = []
-
-    def on_epoch_begin(self, *args, **kwargs) -> None:
-        self.start = time.perf_counter()
-
-    def on_step_end(self, args, state, *rest, **kwargs) -> None:
-        self.step(state.max_steps)
-
-    def on_epoch_end(self, *args, **kwargs) -> None:
-        self.epochs.append(time.perf_counter() - self.start)
-
-
-def train(args: argparse.Namespace, model: rh.InterventionModel, tokenizer, rows: list[Row], watch: Watch) -> str:
-    """Trains the probes; gives what was reused of the base model."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, num_train_epochs=args.epochs, learning_rate=args.lr, per_device_train_batch_size=args.batch_size,
-            max_grad_norm=0,  # one norm of all gradients would couple the probes
-            seed=args.seed, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )  # fmt: skip
-        trainer = rh.InterventionTrainer(
-            model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[watch]
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    return trainer.reuse_summary
-
-
-def perplexities(args: argparse.Namespace, model: rh.InterventionModel, tokenizer, rows: list[Row]) -> dict[str, float]:
-    """exp of the mean loss of a token: of every probe by its name, and of the model itself."""
+def perplexities(model: rh.InterventionModel, tokenizer, rows: list[Row], batch_size: int) -> dict[str, float]:
+    """Return exp of the mean loss of a token: of every probe by its name, and of the model itself."""
     collate, total, count = rh.Collator(tokenizer, padding_side="right"), Counter[str](), 0
     model.eval()
-    for at in range(0, len(rows), args.batch_size):
-        batch = {k: v.to(model.device) for k, v in collate(rows[at : at + args.batch_size]).items()}
+    for at in range(0, len(rows), batch_size):
+        batch = {k: v.to(model.device) for k, v in collate(rows[at : at + batch_size]).items()}
         with torch.no_grad():
             out = model(**batch, labels=batch["next"], prompt_mask=batch["attention_mask"])
         tokens = int((batch["next"][:, 1:] != -100).sum())
@@ -153,22 +185,20 @@ def perplexities(args: argparse.Namespace, model: rh.InterventionModel, tokenize
     return {name: math.exp(min(loss / count, 700)) for name, loss in total.items()}  # no overflow
 
 
-def next_tokens(model: rh.InterventionModel, tokenizer, prompt: list[int]) -> dict[str, list[str]]:
-    """The likeliest next tokens, the first first: of every probe by its name, and of the model itself."""
+def next_tokens(model: rh.InterventionModel, tokenizer, prompt: list[int], top: int = 5) -> dict[str, list[str]]:
+    """Return the likeliest next tokens, the first first: of every probe by its name, and of the model itself."""
     with torch.no_grad():
         out = model.eval()(torch.tensor([prompt], device=model.device))
     scores = out.predictions | {"model": out.logits}
-    return {name: [tokenizer.decode([i]) for i in z[0, -1].topk(TOP).indices.tolist()] for name, z in scores.items()}
+    return {name: [tokenizer.decode([i]) for i in z[0, -1].topk(top).indices.tolist()] for name, z in scores.items()}
 
 
-def prompts(args: argparse.Namespace, tokenizer, held_out: list[Row]) -> list[list[int]]:
-    """Those that were given, else the first halves of some held-out rows."""
-    given = [encode(tokenizer, text) for text in args.prompts or ()]
-    return given or [row["input_ids"][: len(row["input_ids"]) // 2] for row in held_out[:4]]
+def line_of(tokens: list[str]) -> str:
+    return " ".join(shown(token) or "·" for token in tokens)
 
 
 def shown(text: str, length: int = 40) -> str:
-    """The end of a text on one line."""
+    """Return the end of a text on one line."""
     line = repr(text)[1:-1]
     return escape(line if len(line) <= length else f"…{line[-length:]}")
 
@@ -177,81 +207,16 @@ def figure(perplexity: float) -> str:
     return f"{perplexity:.2f}" if perplexity < 1e5 else f"{perplexity:.1e}"
 
 
-def options(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", default="tiny-chat", help="a Hub id or a local path of any language model")
-    parser.add_argument("--text", help="a file, or a data set of the Hub: NAME or NAME:CONFIGURATION")
-    parser.add_argument("--column", default="text", help="of the data set (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="how many rows of text to take")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a row, at most (default: %(default)s)")
-    parser.add_argument("--start", choices=["random", "copy"], default="random", help="copy: the model's output matrix")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="default: the first halves of held-out rows")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write all figures there")
-    return parser
-
-
-def quiet(args: argparse.Namespace) -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)
-    if args.model == "tiny-chat":  # so small that a second thread mostly waits, for ever on a busy machine
-        torch.set_num_threads(1)
-
-
-def progress(console: Console) -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=console)
-
-
-def main() -> None:
-    parser = options(str(__doc__).split("\n")[0])
-    parser.add_argument("--layer", type=int, help="default: half the model's depth")
-    args = parser.parse_args()
-    quiet(args)
-
-    set_seed(args.seed)
-    console = Console()
-    base, tokenizer, output_matrix = load(args)
-    rows, held_out = split(args, tokenizer)
-    layer = base.config.num_hidden_layers // 2 if args.layer is None else args.layer
-    node = rh.Node(probe(len(output_matrix)), layer=layer, name="probe")
-    model = rh.InterventionModel(base, rh.InterventionGraph(node))
-    random_start = model.node("probe").W.detach().clone()
-    model.node("probe").assign(W=output_matrix)
-    before = perplexities(args, model, tokenizer, held_out)
-    if args.start == "random":
-        model.node("probe").assign(W=random_start)
-
-    with progress(console) as bar:
-        line = bar.add_task(f"a probe of {len(rows):,} rows at block {layer}")
-        watch = Watch(lambda steps: bar.update(line, total=steps, advance=1))
-        reused = train(args, model, tokenizer, rows, watch)
-    after = perplexities(args, model, tokenizer, held_out)
-
-    console.print(reused, highlight=False)
-    table = Table("prompt", "model", "probe", title=f"{args.model}, block {layer}: the likeliest next tokens")
-    for ids in prompts(args, tokenizer, held_out):
-        found = next_tokens(model, tokenizer, ids)
-        given = (" ".join(shown(token) or "·" for token in found[name]) for name in ("model", "probe"))
-        table.add_row(shown(tokenizer.decode(ids)), *given)
-    console.print(table)
-    figures = {"model": after["model"], "probe": after["probe"], "logit_lens": before["probe"]}
-    names = ("the model itself", f"the probe, from a {args.start} start", "the model's output matrix, untrained")
-    table = Table("", "perplexity", title=f"{args.model}, block {layer}, {len(held_out)} held-out rows")
-    for name, perplexity in zip(names, figures.values(), strict=True):
-        table.add_row(name, figure(perplexity))
-    console.print(table)
-    console.print(f"first epoch {watch.epochs[0]:.1f} s, all {args.epochs} epochs {sum(watch.epochs):.1f} s")
-    if args.out:
-        told = vars(args) | {"out": None, "layer": layer, "perplexity": figures, "epoch_seconds": watch.epochs}
-        with replacing(args.out / "linear_probe.json") as path:
-            path.write_text(json.dumps(told, indent=2) + "\n")
-        console.print(f"written: {args.out / 'linear_probe.json'}")
-
+HELP = {
+    "model": "a Hub id or a local path of any language model",
+    "text": "a file, or a data set of the Hub: NAME or NAME:CONFIGURATION",
+    "column": "of the data set",
+    "limit": "how many rows of text to take",
+    "length": "tokens of a row, at most",
+    "start": "copy: the model's output matrix",
+    "prompts": {"nargs": "+", "type": str, "help": "default: the first halves of held-out rows"},
+    "out": "a folder for all figures",
+}
 
 if __name__ == "__main__":
-    main()
+    command_line(main, **HELP, layer="default: half the model's depth")

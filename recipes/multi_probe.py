@@ -10,39 +10,100 @@ perplexity by layer shows where the next token takes shape; the likeliest next t
     python recipes/multi_probe.py --model gpt2 --text Salesforce/wikitext:wikitext-2-raw-v1 --limit 1000
 """
 
-import json
+from pathlib import Path
+from typing import Literal
 
+from _common import Watch, begin, command_line, progress, write_results
 from linear_probe import (
-    Watch,
+    HELP,
+    arguments,
+    documents,
     figure,
+    line_of,
     load,
+    logit_lens,
     next_tokens,
-    options,
     perplexities,
     probe,
-    progress,
-    prompts,
-    quiet,
+    prompts_of,
     shown,
     split,
-    train,
 )
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from transformers import set_seed
 
 import reftheads as rh
-from reftheads._utils.atomic import replacing
+
+
+def main(
+    model: str = "tiny-chat", text: str | None = None, column: str = "text", limit: int | None = None,
+    length: int = 128, start: Literal["random", "copy"] = "random", epochs: int = 10, lr: float = 3e-3,
+    batch_size: int = 16, seed: int = 0, prompts: list[str] | None = None, out: Path | None = None,
+) -> None:  # fmt: skip
+    """Train a probe at every layer, side by side, and judge them beside the model and the logit lens."""
+    settings = dict(locals())
+    begin(model, seed=seed)
+    base, tokenizer, output_matrix = load(model)
+    rows, held_out = split(tokenizer, documents(tokenizer, text, column), length, limit, seed)
+    probed = rh.InterventionModel(base, graph_for(base.config.num_hidden_layers, len(output_matrix)))
+    names = list(probed.plan().graph.names)
+    lens = logit_lens(probed, tokenizer, output_matrix, held_out, batch_size, keep=start == "copy")
+
+    args = arguments(epochs, lr, batch_size, seed)
+    with progress() as bar:
+        watch = Watch(bar, f"{len(names)} probes of {len(rows):,} rows, side by side")
+        trainer = rh.InterventionTrainer(
+            probed, args, train_dataset=rows, processing_class=tokenizer, callbacks=[watch]
+        )
+        trainer.train()
+    probes = perplexities(probed, tokenizer, held_out, batch_size)
+
+    console = Console()
+    console.print(trainer.reuse_summary, highlight=False)
+    tokens = []
+    for ids in prompts_of(tokenizer, prompts, held_out):
+        likeliest = next_tokens(probed, tokenizer, ids)
+        tokens.append({"prompt": tokenizer.decode(ids), **likeliest})
+        console.print(table_of_tokens(tokens[-1], [*names, "model"]))
+    title = f"{model}: perplexity on {len(held_out)} held-out rows"
+    console.print(table_of_layers(f"probe, {start} start", title, names, probes, lens))
+    first, *later = watch.epochs
+    mean = sum(later) / max(len(later), 1)
+    console.print(f"the first epoch took {first:.1f} s, each of the {len(later)} later ones {mean:.1f} s")
+    if out:
+        figures = {"probes": probes, "logit_lens": {name: lens[name] for name in names}}
+        figures |= {"epoch_seconds": watch.epochs, "next_tokens": tokens}
+        write_results(out, "multi_probe", settings | figures, plot(title, names, probes, lens))
 
 
 def graph_for(layers: int, vocabulary: int) -> rh.InterventionGraph:
+    """Return a probe on the embeddings, and one on the output of every block."""
     nodes = [rh.Node(probe(vocabulary), layer=layer, name=f"block_{layer}") for layer in range(layers)]
     return rh.InterventionGraph(rh.Node(probe(vocabulary), component="embedding_output", name="embedding"), *nodes)
 
 
+def table_of_tokens(likeliest: dict, names: list[str]) -> Table:
+    """Return a table of what comes next after a prompt, by layer."""
+    table = Table("", "the likeliest next tokens", title=shown(likeliest["prompt"], 60), min_width=66)
+    for name in names:
+        table.add_row(name.replace("_", " "), line_of(likeliest[name]))
+    return table
+
+
+def table_of_layers(
+    column: str, title: str, names: list[str], probes: dict[str, float], lens: dict[str, float]
+) -> Table:
+    """Return a table of perplexities by layer."""
+    table = Table("", column, "the model's output matrix, untrained", title=title)
+    for name in names:
+        table.add_row(name.replace("_", " "), figure(probes[name]), figure(lens[name]))
+    table.add_row("model", figure(probes["model"]), "")
+    return table
+
+
 def plot(title: str, names: list[str], probes: dict[str, float], lens: dict[str, float]) -> Figure:
-    """Perplexity by layer: of the probes, of the model's output matrix there, and of the model itself."""
+    """Draw perplexity by layer: of the probes, of the model's output matrix there, and of the model itself."""
     drawn = Figure(figsize=(7, 4), layout="constrained")
     axes = drawn.subplots()
     axes.plot(names, [lens[name] for name in names], "o--", color="0.6", label="the model's output matrix, untrained")
@@ -57,57 +118,5 @@ def plot(title: str, names: list[str], probes: dict[str, float], lens: dict[str,
     return drawn
 
 
-def main() -> None:
-    args = options(str(__doc__).split("\n")[0]).parse_args()
-    quiet(args)
-
-    set_seed(args.seed)
-    console = Console()
-    base, tokenizer, output_matrix = load(args)
-    rows, held_out = split(args, tokenizer)
-    model = rh.InterventionModel(base, graph_for(base.config.num_hidden_layers, len(output_matrix)))
-    names = list(model.plan().graph.names)
-    random_start = {name: model.node(name).W.detach().clone() for name in names}
-    for name in names:
-        model.node(name).assign(W=output_matrix)
-    lens = perplexities(args, model, tokenizer, held_out)
-    if args.start == "random":
-        for name in names:
-            model.node(name).assign(W=random_start[name])
-
-    with progress(console) as bar:
-        line = bar.add_task(f"{len(names)} probes of {len(rows):,} rows, side by side")
-        watch = Watch(lambda steps: bar.update(line, total=steps, advance=1))
-        reused = train(args, model, tokenizer, rows, watch)
-    probes = perplexities(args, model, tokenizer, held_out)
-    console.print(reused, highlight=False)
-
-    tokens = []
-    for ids in prompts(args, tokenizer, held_out):
-        found = next_tokens(model, tokenizer, ids)
-        tokens.append({"prompt": tokenizer.decode(ids), **found})
-        table = Table("", "the likeliest next tokens", title=shown(tokenizer.decode(ids), 60), min_width=66)
-        for name in [*names, "model"]:
-            table.add_row(name.replace("_", " "), " ".join(shown(token) or "·" for token in found[name]))
-        console.print(table)
-    title = f"{args.model}: perplexity on {len(held_out)} held-out rows"
-    table = Table("", f"probe, {args.start} start", "the model's output matrix, untrained", title=title)
-    for name in names:
-        table.add_row(name.replace("_", " "), figure(probes[name]), figure(lens[name]))
-    table.add_row("model", figure(probes["model"]), "")
-    console.print(table)
-    first, *later = watch.epochs
-    mean = sum(later) / max(len(later), 1)
-    console.print(f"the first epoch took {first:.1f} s, each of the {len(later)} later ones {mean:.1f} s")
-    if args.out:
-        told = vars(args) | {"out": None, "probes": probes, "logit_lens": {name: lens[name] for name in names}}
-        told |= {"epoch_seconds": watch.epochs, "next_tokens": tokens}
-        with replacing(args.out / "multi_probe.json") as path:
-            path.write_text(json.dumps(told, indent=2) + "\n")
-        with replacing(args.out / "multi_probe.png") as path:
-            plot(title, names, probes, lens).savefig(path, dpi=150)
-        console.print(f"written: {args.out / 'multi_probe.json'}, {args.out / 'multi_probe.png'}")
-
-
 if __name__ == "__main__":
-    main()
+    command_line(main, **HELP)

@@ -25,31 +25,196 @@ have no labels, are cut off from the training split.
 
 import argparse
 import json
-import math
 import statistics
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-import transformers
-from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset
+from _common import (
+    Watch,
+    begin,
+    command_line,
+    mean_and_deviation,
+    progress,
+    read_splits,
+    shuffled,
+    trainer_arguments,
+    write_json,
+    write_results,
+)
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import AutoModel, TrainerCallback, TrainingArguments
+from transformers import AutoModel, TrainerCallback
 
 import reftheads as rh
-from reftheads._utils.atomic import replacing
 
 RATES = {"full": [1e-4], "lora": [3e-3], "qlora": [3e-3], "loreft": [5e-3], "probe": [1e-2]}
+
+
+def main(
+    methods: tuple[str, ...] = tuple(RATES), model: str = "tiny-chat", data: str = "stanfordnlp/sst2",
+    text: str = "sentence", label: str = "label", seeds: tuple[int, ...] = (0, 1, 2), limit: int | None = None,
+    epochs: int = 2, batch: int = 32, lr: list[tuple] | None = None, head_lr: float = 5e-3, weight_decay: float = 0.0,
+    warmup: float = 0.1, lora: str = "lora4:all-linear", rank: int = 16,
+    init: Literal["orthogonal", "identity"] = "identity", positions: str = "all", max_length: int = 256,
+    threads: int | None = None, out: Path | None = None,
+) -> None:  # fmt: skip
+    """Train every method from every seed, with the rate that does best on the validation split."""
+    settings = {name: value for name, value in locals().items() if name not in ("methods", "seeds", "lr", "out")}
+    begin(model, threads=threads)
+    texts = Data.read(data, text, label, limit)
+    console = Console()
+    console.print(texts.summary())
+
+    def train(method: str, rate: float, seed: int) -> Run:
+        begin(seed=seed)
+        bits = 4 if method == "qlora" else None
+        base, tokenizer = rh.load_base(model, auto_class=AutoModel, dropout=method == "full", bits=bits)
+        size = base.num_parameters()
+        below = nodes_below(method, base, lora, rh.LoReFT(rank, init=init), positions)
+        head = head_of(base, len(texts.labels), detach=method == "probe", lr=None if method == "probe" else head_lr)
+        tuned = rh.InterventionModel(base, rh.InterventionGraph(*below, head))
+        if method == "full":
+            base.requires_grad_(True)
+        rows = {split: texts.rows(tokenizer, split, max_length) for split in texts.splits}
+        args = trainer_arguments(
+            num_train_epochs=epochs, learning_rate=rate, seed=seed, per_device_train_batch_size=batch,
+            warmup_steps=warmup, weight_decay=weight_decay, train_sampling_strategy="group_by_length",
+        )  # fmt: skip
+        best = BestEpoch(tuned, lambda: accuracy(tuned, tokenizer, rows["validation"]))
+        watch = [best, Watch(bar, f"{method}, rate {rate:g}, seed {seed}")]
+        start = time.perf_counter()
+        rh.InterventionTrainer(
+            tuned, args, train_dataset=rows["train"], processing_class=tokenizer, callbacks=watch
+        ).train()
+        seconds = time.perf_counter() - start
+        best.restore()
+        return Run(
+            method, rate, seed, best.counted, best.counted / size, best.accuracies, seconds, statistics.mean(best.ms),
+            test=accuracy(tuned, tokenizer, rows["test"]),
+        )  # fmt: skip
+
+    book = Book(settings, train, out and out / "text_classification.json")
+    rates = RATES | dict(lr or ())
+    results: dict[str, list[Run]] = {}
+    with progress() as bar:
+        for method in methods:
+            tried = [book.run(method, rate, seeds[0]) for rate in rates[method]]
+            chosen = max(tried, key=lambda run: max(run.validation))
+            results[method] = [book.run(method, chosen.learning_rate, seed) for seed in seeds]
+
+    title = f"{model}: accuracy, mean ± deviation of {len(seeds)} seeds"
+    console.print(table_of(title, results))
+    if out:
+        write_results(out, "text_classification", book.contents(), plot(title, results))
+
+
+# --- data ---
+
+
+@dataclass
+class Data:
+    """The three splits as texts with the numbers of their labels."""
+
+    labels: list[str]
+    splits: dict[str, tuple[list[str], list[int]]]
+
+    @classmethod
+    def read(cls, data: str, text: str, label: str, limit: int | None) -> "Data":
+        """Read the splits that have labels, and cut off what is missing from the training split."""
+        read = {name: rows for name, rows in read_splits(data).items() if min(rows[label]) != -1}
+        for name in ("test", "validation"):
+            if name not in read:
+                cut = read["train"].train_test_split(test_size=0.1, seed=0)
+                read |= {"train": cut["train"], name: cut["test"]}
+        labels = sorted(set(read["train"][label]))
+        splits = {}
+        for name in ("train", "validation", "test"):
+            rows = shuffled(read[name], limit) if limit else read[name]
+            splits[name] = list(rows[text]), [labels.index(one) for one in rows[label]]
+        return cls([str(one) for one in labels], splits)
+
+    def summary(self) -> str:
+        sizes = ", ".join(f"{len(labels):,} {split}" for split, (_, labels) in self.splits.items())
+        return f"{sizes}; {len(self.labels)} classes"
+
+    def rows(self, tokenizer, split: str, max_length: int) -> list[dict]:
+        """Return the rows of a split for the model."""
+        texts, labels = self.splits[split]
+        encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        return [{"input_ids": ids, "label": label} for ids, label in zip(encoded, labels, strict=True)]
+
+
+# --- the methods ---
+
+
+def is_decoder(base) -> bool:
+    return any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in base.config.architectures or ())
+
+
+def head_of(base, classes: int, detach: bool, lr: float | None) -> rh.Node:
+    """Return the head that all methods have: on the last token of a decoder, on the mean of an encoder's."""
+    decoder = is_decoder(base)
+    where = {"component": "final_norm_output", "positions": "l1"} if decoder else {"layer": -1}
+    head = rh.LinearHead(classes, "label", pool=None if decoder else "mean", detach=detach, lr=lr)
+    return rh.Node(head, name="class", **where)
+
+
+def nodes_below(method: str, base, lora: str, loreft: rh.LoReFT, positions: str) -> tuple[rh.Node, ...]:
+    """Return what a method trains below the head, but for all weights."""
+    if method in ("lora", "qlora"):
+        return rh.preset(lora, base).nodes
+    if method == "loreft":
+        layers = range(base.config.num_hidden_layers)
+        return rh.InterventionGraph.over(loreft, layers, positions, name="edit").nodes
+    return ()
+
+
+class BestEpoch(TrainerCallback):
+    """Judge every epoch, keep the weights of the best; count what is trained, and take the time of each step."""
+
+    def __init__(self, model: torch.nn.Module, validate: Callable[[], float]):
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.validate = validate
+        self.accuracies: list[float] = []
+        self.best: dict[str, torch.Tensor] = {}
+        self.counted = 0
+        self.ms: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        # a weight that the prediction does not depend on, such as an encoder's pooler, never gets a gradient
+        self.counted = self.counted or sum(p.numel() for p in self.trained.values() if p.grad is not None)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ms.append(1e3 * (time.perf_counter() - self.began))
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.accuracies.append(self.validate())
+        if self.accuracies[-1] > max(self.accuracies[:-1], default=-1):
+            self.best = {name: p.detach().clone() for name, p in self.trained.items()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the model the weights of the best epoch."""
+        for name, p in self.trained.items():
+            p.copy_(self.best[name])
+
+
+def accuracy(model, tokenizer, rows: list[dict]) -> float:
+    predicted = rh.predict(model, tokenizer, rows)["class"].argmax(-1)
+    return float((predicted == torch.tensor([row["label"] for row in rows])).float().mean())
+
+
+# --- runs ---
 
 
 @dataclass
@@ -68,160 +233,34 @@ class Run:
 
 
 @dataclass
-class Data:
-    """The three splits as texts with the numbers of their labels."""
-
-    labels: list[str]
-    splits: dict[str, tuple[list[str], list[int]]]
-
-    @classmethod
-    def read(cls, args: argparse.Namespace) -> "Data":
-        one_file = args.data.endswith(".csv")
-        found = load_dataset("csv", data_files=args.data) if one_file else load_dataset(args.data)
-        found = DatasetDict({name: some for name, some in found.items() if min(some[args.label]) != -1})
-        for name in ("test", "validation"):
-            if name not in found:
-                cut = found["train"].train_test_split(test_size=0.1, seed=0)
-                found |= {"train": cut["train"], name: cut["test"]}
-        labels = sorted(set(found["train"][args.label]))
-        return cls(
-            [str(label) for label in labels],
-            {name: cls._limited(found[name], labels, args) for name in ("train", "validation", "test")},
-        )
-
-    @staticmethod
-    def _limited(some: Dataset, labels: list, args: argparse.Namespace) -> tuple[list[str], list[int]]:
-        if args.limit:
-            some = some.shuffle(seed=0).select(range(min(args.limit, len(some))))
-        return list(some[args.text]), [labels.index(label) for label in some[args.label]]
-
-    def rows(self, tokenizer, split: str, max_length: int) -> list[dict]:
-        texts, labels = self.splits[split]
-        ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-        return [{"input_ids": one, "label": label} for one, label in zip(ids, labels, strict=True)]
-
-
-class Watch(TrainerCallback):
-    """Counts what is trained, takes the time of each step, and keeps the weights of the best epoch."""
-
-    def __init__(self, model: torch.nn.Module, validate: Callable[[], float], step: Callable[[], object]):
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.validate, self.step = validate, step
-        self.accuracies: list[float] = []
-        self.best: dict[str, torch.Tensor] = {}
-        self.counted = 0
-        self.ms: list[float] = []
-
-    def on_step_begin(self, *args, **kwargs) -> None:
-        self.began = time.perf_counter()
-
-    def on_pre_optimizer_step(self, *args, **kwargs) -> None:
-        # a weight that the prediction does not depend on, such as an encoder's pooler, never gets a gradient
-        self.counted = self.counted or sum(p.numel() for p in self.trained.values() if p.grad is not None)
-
-    def on_step_end(self, *args, **kwargs) -> None:
-        self.ms.append(1e3 * (time.perf_counter() - self.began))
-        self.step()
-
-    def on_epoch_end(self, *args, **kwargs) -> None:
-        self.accuracies.append(self.validate())
-        if self.accuracies[-1] > max(self.accuracies[:-1], default=-1):
-            self.best = {name: p.detach().clone() for name, p in self.trained.items()}
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for name, p in self.trained.items():
-            p.copy_(self.best[name])
-
-
-def graph_for(args: argparse.Namespace, method: str, base, classes: int) -> rh.InterventionGraph:
-    """The nodes of a method below the head that all methods have."""
-    causal = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in base.config.architectures or ())
-    head = rh.LinearHead(
-        classes,
-        "label",
-        pool=None if causal else "mean",
-        detach=method == "probe",
-        lr=None if method == "probe" else args.head_lr,
-    )
-    where = {"component": "final_norm_output", "positions": "l1"} if causal else {"layer": -1}
-    if method in ("lora", "qlora"):
-        below = rh.preset(args.lora, base).nodes
-    elif method == "loreft":
-        layers = range(base.config.num_hidden_layers)
-        loreft = rh.LoReFT(args.rank, init=args.init)
-        below = rh.InterventionGraph.over(layers, loreft, args.positions, name="edit").nodes
-    else:
-        below = ()
-    return rh.InterventionGraph(*below, rh.Node(head, name="class", **where))
-
-
-def accuracy(model, tokenizer, rows: list[dict]) -> float:
-    given = rh.predict(model, tokenizer, rows)["class"].argmax(-1)
-    return float((given == torch.tensor([row["label"] for row in rows])).float().mean())
-
-
-def train(args: argparse.Namespace, data: Data, method: str, rate: float, seed: int, step: Callable[[], object]) -> Run:
-    transformers.set_seed(seed)
-    base, tokenizer = rh.load_base(
-        args.model, auto_class=AutoModel, dropout=method == "full", bits=4 if method == "qlora" else None
-    )
-    size = base.num_parameters()
-    model = rh.InterventionModel(base, graph_for(args, method, base, len(data.labels)))
-    if method == "full":
-        base.requires_grad_(True)
-    rows = {split: data.rows(tokenizer, split, args.max_length) for split in data.splits}
-    watch = Watch(model, lambda: accuracy(model, tokenizer, rows["validation"]), step)
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(None):  # a Trainer prints what it logs
-        given = TrainingArguments(
-            folder, num_train_epochs=args.epochs, learning_rate=rate, seed=seed,
-            per_device_train_batch_size=args.batch, warmup_steps=args.warmup, weight_decay=args.weight_decay,
-            train_sampling_strategy="group_by_length", save_strategy="no", logging_strategy="no", report_to="none",
-            disable_tqdm=True, dataloader_pin_memory=False,
-        )  # fmt: skip
-        rh.InterventionTrainer(
-            model, given, train_dataset=rows["train"], processing_class=tokenizer, callbacks=[watch]
-        ).train()
-    seconds = time.perf_counter() - start
-    watch.restore()
-    return Run(
-        method, rate, seed, watch.counted, watch.counted / size, watch.accuracies, seconds, statistics.mean(watch.ms),
-        test=accuracy(model, tokenizer, rows["test"]),
-    )  # fmt: skip
-
-
-@dataclass
 class Book:
-    """The runs so far, kept in a file if there is one."""
+    """The runs so far, kept in a file if there is one; a run that it holds is not trained again."""
 
     settings: dict
+    train: Callable[[str, float, int], Run]
     path: Path | None
     runs: dict[tuple[str, float, int], Run] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.path and self.path.exists():
-            kept = json.loads(self.path.read_text())
+            kept = json.loads(self.path.read_text(encoding="utf-8"))
             if kept["settings"] != self.settings:
                 sys.exit(f"{self.path} was made with other settings: {kept['settings']}. Give another --out.")
             self.runs = {(r["method"], r["learning_rate"], r["seed"]): Run(**r) for r in kept["runs"]}
 
-    def get(self, method: str, rate: float, seed: int, train: Callable[[str, float, int], Run]) -> Run:
+    def run(self, method: str, rate: float, seed: int) -> Run:
+        """Return a run, which is trained and written if it is not there yet."""
         if (method, rate, seed) not in self.runs:
-            self.runs[method, rate, seed] = train(method, rate, seed)
-            self.write()
+            self.runs[method, rate, seed] = self.train(method, rate, seed)
+            if self.path:
+                write_json(self.path, self.contents())
         return self.runs[method, rate, seed]
 
-    def write(self) -> None:
-        if self.path:
-            text = json.dumps({"settings": self.settings, "runs": [asdict(r) for r in self.runs.values()]}, indent=1)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as path:
-                path.write_text(text + "\n")
+    def contents(self) -> dict:
+        return {"settings": self.settings, "runs": [asdict(run) for run in self.runs.values()]}
 
 
-def mean_and_deviation(values: list[float]) -> tuple[float, float]:
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+# --- what comes out ---
 
 
 def shown(accuracies: list[float]) -> str:
@@ -230,6 +269,7 @@ def shown(accuracies: list[float]) -> str:
 
 
 def table_of(title: str, results: dict[str, list[Run]]) -> Table:
+    """Return a table with a line a method."""
     table = Table("method", "rate", "trained", "of base", "validation, %", "test, %", "run, s", "step, ms", title=title)
     for method, runs in results.items():
         table.add_row(
@@ -246,7 +286,7 @@ def table_of(title: str, results: dict[str, list[Run]]) -> Table:
 
 
 def plot(title: str, results: dict[str, list[Run]]) -> Figure:
-    """Test accuracy against the number of trained parameters."""
+    """Draw test accuracy against the number of trained parameters."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     for method, runs in results.items():
@@ -262,7 +302,11 @@ def plot(title: str, results: dict[str, list[Run]]) -> Figure:
     return figure
 
 
-def methods(text: str) -> list[str]:
+# --- arguments ---
+
+
+def methods_of(text: str) -> list[str]:
+    """Return names of methods that are written with commas."""
     names = text.split(",")
     unknown = [name for name in names if name not in RATES]
     if unknown:
@@ -270,69 +314,28 @@ def methods(text: str) -> list[str]:
     return names
 
 
-def rates(text: str) -> tuple[str, list[float]]:
+def rates_of(text: str) -> tuple[str, list[float]]:
+    """Return a method and its learning rates, as in "loreft=1e-3,2e-3"."""
     method, _, values = text.partition("=")
-    return methods(method)[0], [float(value) for value in values.split(",")]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--methods", type=methods, default=list(RATES), metavar="full,lora,…")
-    parser.add_argument("--model", default="tiny-chat", help="a Hub id or a local path of an encoder or decoder")
-    parser.add_argument("--data", default="stanfordnlp/sst2", help="a Hub id, a folder of CSV files or one CSV file")
-    parser.add_argument("--text", default="sentence", help="the column of texts")
-    parser.add_argument("--label", default="label", help="the column of labels")
-    parser.add_argument("--seeds", type=lambda text: [int(n) for n in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--limit", type=int, help="rows of each split; default: all of them")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=rates, action="append", default=[], metavar="METHOD=RATE[,RATE…]")
-    parser.add_argument("--head-lr", type=float, default=5e-3, help="the head's own, beside every method but probe")
-    parser.add_argument("--weight-decay", type=float, default=0.0)
-    parser.add_argument("--warmup", type=float, default=0.1, help="a share of all steps; then the rates fall to 0")
-    parser.add_argument("--lora", default="lora4:all-linear", help="a preset, see reftheads.preset")
-    parser.add_argument("--rank", type=int, default=16, help="of LoReFT")
-    parser.add_argument("--init", choices=("orthogonal", "identity"), default="identity", help="of LoReFT")
-    parser.add_argument("--positions", default="all", help="of LoReFT")
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--threads", type=int, help="default: as torch has it")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write text_classification.json and .png there")
-    args = parser.parse_args()
-    args.lr = RATES | dict(args.lr)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    disable_progress_bars()
-    warnings.simplefilter("ignore", FutureWarning)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-
-    data = Data.read(args)
-    sizes = ", ".join(f"{len(labels):,} {split}" for split, (_, labels) in data.splits.items())
-    console = Console(file=sys.stdout)  # this one, also while the trainers' is silent
-    console.print(f"{sizes}; {len(data.labels)} classes")
-    settings = {name: value for name, value in vars(args).items() if name not in ("methods", "seeds", "lr", "out")}
-    book = Book(settings, args.out and args.out / "text_classification.json")
-    steps = args.epochs * math.ceil(len(data.splits["train"][0]) / args.batch)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    results: dict[str, list[Run]] = {}
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-
-        def run(method: str, rate: float, seed: int) -> Run:
-            line = progress.add_task(f"{method}, rate {rate:g}, seed {seed}", total=steps)
-            return train(args, data, method, rate, seed, lambda: progress.advance(line))
-
-        for method in args.methods:
-            found = [book.get(method, rate, args.seeds[0], run) for rate in args.lr[method]]
-            best = max(found, key=lambda one: max(one.validation))
-            results[method] = [book.get(method, best.learning_rate, seed, run) for seed in args.seeds]
-
-    title = f"{args.model}: accuracy, mean ± deviation of {len(args.seeds)} seeds"
-    console.print(table_of(title, results))
-    if args.out:
-        with replacing(args.out / "text_classification.png") as path:
-            plot(title, results).savefig(path, dpi=100)
-        console.print(f"written: {args.out / 'text_classification.json'}, {args.out / 'text_classification.png'}")
+    return methods_of(method)[0], [float(value) for value in values.split(",")]
 
 
 if __name__ == "__main__":
-    main()
+    command_line(
+        main,
+        methods={"type": methods_of, "metavar": "METHODS", "help": f"of {','.join(RATES)} (default: all)"},
+        model="a Hub id or a local path of an encoder or decoder",
+        data="a Hub id, a folder of CSV files or one CSV file",
+        text="the column of texts",
+        label="the column of labels",
+        limit="rows of each split; default: all of them",
+        lr={"type": rates_of, "action": "append", "metavar": "METHOD=RATE[,RATE…]", "help": "rates to choose from"},
+        head_lr="the head's own, beside every method but probe",
+        warmup="a share of all steps; then the rates fall to 0",
+        lora="a preset, see reftheads.preset",
+        rank="of LoReFT",
+        init="of LoReFT",
+        positions="of LoReFT",
+        threads="of torch; default: as torch has it, one for the embedded model",
+        out="a folder for text_classification.json and .png",
+    )

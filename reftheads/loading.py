@@ -27,10 +27,10 @@ def load_base(
     dropout: bool = True,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a base model, in evaluation mode, and its tokenizer.
+    """Load a base model, in evaluation mode, and its tokenizer.
 
-    A tokenizer without pad token gets its EOS token as one, which is safe where lengths come from
-    `attention_mask`, as everywhere here; that of a decoder pads at the left, as generation needs it.
+    A tokenizer without a pad token gets its EOS token as one, which is safe where lengths come from the
+    `attention_mask`, as everywhere here. The tokenizer of a decoder pads at the left, as generation needs it.
 
     Args:
         name: "tiny-chat", the toy chat model that comes with the package; or a local path or Hub id.
@@ -44,11 +44,21 @@ def load_base(
         kwargs: go to `from_pretrained`, such as `device_map` or `revision`.
 
     Raises:
-        ValueError: bits other than 4 and 8.
+        ValueError: bits other than 4 and 8, or bits together with a `quantization_config`.
         OSError: nothing of that name, as transformers says it.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> type(base).__name__, tokenizer.padding_side
+        ('LlamaForCausalLM', 'left')
+        ```
     """
     if bits not in (None, 4, 8):
         raise ValueError(f"bits must be 4, 8 or None, got {bits!r}")
+    if bits is not None and kwargs.get("quantization_config") is not None:
+        raise ValueError(f"bits={bits} makes a quantization_config of its own: give one of the two")
     path = str(EMBEDDED.get(name, name))
     if bits is not None:
         kwargs["quantization_config"] = _quantisation(bits)
@@ -56,11 +66,7 @@ def load_base(
         dtype = "float32" if name in EMBEDDED else "auto"
     where = {name: kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in kwargs}
     if not dropout:
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path, **where)
-        for name in [name for name in config.to_dict() if "drop" in name or name == "jitter_noise"]:
-            if isinstance(getattr(config, name, None), float):
-                setattr(config, name, 0.0)
-        kwargs["config"] = config
+        kwargs["config"] = _without_dropout(kwargs.pop("config", None) or AutoConfig.from_pretrained(path, **where))
     model = (auto_class or _auto_class(path, **where)).from_pretrained(path, dtype=dtype, **kwargs).eval()
     tokenizer = AutoTokenizer.from_pretrained(path, **where)
     if tokenizer.pad_token_id is None:
@@ -68,6 +74,15 @@ def load_base(
     if not model.config.is_encoder_decoder and model.can_generate():
         tokenizer.padding_side = "left"
     return model, tokenizer
+
+
+def _without_dropout(config: Any) -> Any:
+    """Set every probability of dropout in a configuration to 0."""
+    for name in config.to_dict():
+        drops = "drop" in name or name == "jitter_noise"
+        if drops and isinstance(getattr(config, name, None), float):
+            setattr(config, name, 0.0)
+    return config
 
 
 def _quantisation(bits: int) -> BitsAndBytesConfig:
@@ -80,6 +95,7 @@ def _quantisation(bits: int) -> BitsAndBytesConfig:
 
 
 def _auto_class(path: str, **where: Any) -> Any:
+    """Return the class of transformers for what a checkpoint holds: a language model, or the bare body."""
     config = AutoConfig.from_pretrained(path, **where)
     kinds = config.architectures or []
     if any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.models import LAYERS, WIDTH, random_ids, randomise, tiny_gpt2, tiny_llama
 
 import reftheads as rh
+from reftheads.runtime import compile_graph
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft and transformers warn of each other's deprecations
 
@@ -157,7 +158,7 @@ def test_what_does_not_fit_the_model_is_refused_and_leaves_it_alone(case):
     refused(base, lambda: rh.InterventionModel(base, make()), *words)
     refused(base, lambda: peft.get_peft_model(base, rh.InterventionConfig(graph=make())), *words)
     if words[0].split()[0] not in ("rank", "steering"):  # those show when parameters are made
-        refused(base, lambda: rh.compile_graph(make(), base), *words)
+        refused(base, lambda: compile_graph(make(), base), *words)
 
 
 @pytest.mark.parametrize("case", UNFIT)

@@ -5,19 +5,24 @@ import inspect
 import re
 import subprocess
 import sys
+from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from support.paths import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from support.paths import ROOT, TESTS
 
 import reftheads as rh
 
 PACKAGE = Path(rh.__file__).parent
+tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")  # pytest brings the latter
 
 # A package imports only from floors below its own. docs/architecture.md shows the same table.
 FLOORS = [
     {
-        "_utils": "small things that know nothing of models: atomic files, evaluation for a while",
+        "_utils": "small things that know nothing of models: atomic files, free memory, evaluation for a while",
         "loading": "a base model and its tokenizer",
     },
     {"graph": "what a user writes, plain data that knows no model: site, positions, node, graph"},
@@ -128,6 +133,49 @@ def test_nothing_is_unpickled_and_no_remote_code_is_trusted(path):
                 assert keyword.arg != "weights_only" or given == "True", f"line {node.lineno}"
 
 
+# required, and imported by nothing here
+REQUIRED_BY_OTHERS = {
+    "bitsandbytes": "transformers imports it where weights are loaded in 4 or 8 bits, as by load_base(bits=…)",
+    "pyvene": "the format of its interventions is to be read and written by reftheads.interop",
+}
+
+
+places = cache(packages_distributions)  # it reads all that is installed
+
+
+def distributions(names: set[str]) -> set[str]:
+    """The distributions that modules from outside come from."""
+    outside = {name.split(".")[0] for name in names} - {*sys.stdlib_module_names, "reftheads"}
+    return {canonicalize_name(place) for name in outside for place in places().get(name, [f"{name}, not installed"])}
+
+
+def imports_by_kind() -> dict[str, set[str]]:
+    """What the package imports "always", "late" (within functions), and for "types" alone, as distributions."""
+    found: dict[str, set[str]] = {"always": set(), "late": set(), "types": set()}
+    for path in sources():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for statement in tree.body:
+            typing = isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING"
+            late = isinstance(statement, ast.FunctionDef | ast.ClassDef)
+            found["types" if typing else "late" if late else "always"] |= distributions(imported(statement))
+    return found
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {canonicalize_name(Requirement(requirement).name) for requirement in requirements}
+
+    required = names(project["dependencies"])
+    optional = {name for requirements in project["optional-dependencies"].values() for name in names(requirements)}
+    used = imports_by_kind()
+    assert used["always"] <= required, "imported, and no dependency"
+    assert used["late"] <= required | optional, "imported within functions, and in no extra"
+    assert used["types"] <= required | optional, "imported for types, and in no extra"
+    assert required - used["always"] - used["late"] == REQUIRED_BY_OTHERS.keys(), "a dependency, and never imported"
+
+
 def test_every_public_name_exists_and_is_documented():
     assert sorted(rh.__all__) == sorted(set(rh.__all__))
     for name in rh.__all__:
@@ -178,3 +226,29 @@ def test_importing_the_package_loads_no_heavy_one():
         "transformer_heads",
     }
     assert not {name.split(".")[0] for name in new} & heavy
+
+
+# --- the tests --------------------------------------------------------------------------------------------
+
+
+def test_no_test_file_imports_another():
+    names = {path.stem for path in TESTS.rglob("test_*.py")} | {"conftest"}
+    for path in TESTS.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        lines = re.findall(r"^\s*(?:import|from) .*$", text, re.M)  # also of programs in strings
+        for line in lines:
+            assert not names & set(re.findall(r"\w+", line)), f"{path}: {line}: what is shared lies in tests/support"
+
+
+def test_what_tests_share_says_what_it_is():
+    for path in (TESTS / "support").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), path
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+def test_tests_lie_in_folders_that_are_named_as_the_packages_are():
+    folders = {path.name for path in TESTS.iterdir() if path.is_dir() and any(path.rglob("test_*.py"))}
+    assert folders <= {path.parent.name for path in PACKAGE.rglob("__init__.py")} - {PACKAGE.name}

@@ -20,7 +20,7 @@ PROMPT, ANSWER = 5, 3
 
 
 def edited(base, positions="l1", layers=(1,), kind=None, **options) -> rh.InterventionModel:
-    graph = rh.InterventionGraph.over(layers, kind or rh.LoReFT(rank=2), positions, name="n", **options)
+    graph = rh.InterventionGraph.over(kind or rh.LoReFT(rank=2), layers, positions, name="n", **options)
     model = rh.InterventionModel(base, graph).eval()
     randomise(model)
     return model
@@ -68,7 +68,7 @@ def written_out(base, layer: int, p: dict[str, Tensor], columns: list[int]) -> N
 def test_a_plain_trainer_trains_a_causal_model(tmp_path):
     rows = pairs()
     base = tiny_llama(initializer_range=0.3)
-    model = rh.InterventionModel(base, rh.InterventionGraph.over(range(LAYERS), rh.LoReFT(rank=4), "f1+l1"))
+    model = rh.InterventionModel(base, rh.InterventionGraph.over(rh.LoReFT(rank=4), range(LAYERS), "f1+l1"))
     run = trainer(model, rows, tmp_path, num_train_epochs=20)
     before = run.evaluate()["eval_loss"]
     run.train()
@@ -91,7 +91,7 @@ def test_a_classification_model_is_trained_and_evaluated(tmp_path):
     torch.manual_seed(0)
     base = tf.LlamaForSequenceClassification(tf.LlamaConfig(**tiny_llama().config.to_dict() | {"num_labels": 2}))
     rows = [{"input_ids": row.tolist(), "labels": i % 2} for i, row in enumerate(random_ids(8, 6))]
-    model = rh.InterventionModel(base, rh.InterventionGraph.over(range(LAYERS), rh.LoReFT(rank=4), "f1+l1"))
+    model = rh.InterventionModel(base, rh.InterventionGraph.over(rh.LoReFT(rank=4), range(LAYERS), "f1+l1"))
     run = trainer(model, rows, tmp_path, num_train_epochs=30)
     run.compute_metrics = lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}
     run.train()
@@ -113,7 +113,7 @@ def test_a_head_on_a_causal_model_classifies(tmp_path):
 
 def test_the_best_of_several_checkpoints_is_back_in_place_at_the_end(tmp_path):
     base = tiny_llama(initializer_range=0.3)
-    model = rh.InterventionModel(base, rh.InterventionGraph.over([1], rh.LoReFT(rank=4), "l1", name="n"))
+    model = rh.InterventionModel(base, rh.InterventionGraph.over(rh.LoReFT(rank=4), [1], "l1", name="n"))
     train, other = ([row | {"labels": [-100] * PROMPT + [token] * ANSWER} for row in pairs()] for token in (5, 6))
     run = trainer(
         model, train, tmp_path, learning_rate=0.1, eval_strategy="epoch", save_strategy="epoch",
@@ -130,7 +130,7 @@ def test_a_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(tmp_path):
     def fresh():
         torch.manual_seed(3)
         kind = rh.LoReFT(rank=4, dropout=0.1)
-        return rh.InterventionModel(tiny_llama(), rh.InterventionGraph.over([0, 2], kind, "f1+l1", name="n"))
+        return rh.InterventionModel(tiny_llama(), rh.InterventionGraph.over(kind, [0, 2], "f1+l1", name="n"))
 
     options = dict(save_strategy="steps", save_steps=4, lr_scheduler_type="linear")
     whole, resumed = fresh(), fresh()
@@ -292,7 +292,7 @@ def test_a_pipeline_generates_what_generate_does():
 
 
 def test_rows_of_r_stay_orthonormal_when_training_goes_on_after_loading(tmp_path):
-    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph.over([1], rh.LoReFT(rank=8), "l1", name="n"))
+    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph.over(rh.LoReFT(rank=8), [1], "l1", name="n"))
     trainer(model, pairs(), tmp_path / "a", weight_decay=0.1).train()
     model.save_pretrained(tmp_path / "b")
     loaded = rh.InterventionModel.from_pretrained(tiny_llama(), tmp_path / "b", is_trainable=True)

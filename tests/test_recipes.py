@@ -3,6 +3,7 @@
 import io
 import json
 import runpy
+import subprocess
 import sys
 import warnings
 from contextlib import redirect_stdout
@@ -41,6 +42,24 @@ def run(recipe: str, *arguments: object) -> str:
         warnings.simplefilter("ignore")
         runpy.run_path(str(RECIPES / recipe), run_name="__main__")
     return shown.getvalue()
+
+
+PROGRAMS = sorted(str(path.relative_to(RECIPES)) for path in {*RECIPES.rglob("*.py")} - {RECIPES / "_common.py"})
+
+
+@pytest.mark.parametrize("recipe", [name for name in PROGRAMS if not name.endswith("overhead.py")])
+def test_every_recipe_says_what_it_takes(recipe):
+    with pytest.raises(SystemExit) as end:
+        run(recipe, "--help")
+    assert end.value.code == 0
+
+
+@pytest.mark.parametrize("recipe", ["emoji_chat.py", "benchmarks/probes.py"])
+def test_a_recipe_runs_from_any_directory(recipe, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(RECIPES / recipe), "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr[-3000:]
 
 
 def test_ten_demonstrations_make_the_chat_model_answer_in_emoji(tmp_path):

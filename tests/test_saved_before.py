@@ -1,20 +1,17 @@
 """What was saved before the modules became packages loads after it: adapter, checkpoint, store, study."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fixtures.saved_before_the_move import make
 from safetensors.torch import load_file
 
 import reftheads as rh
 from reftheads.fewshot import Study
 
 SAVED = Path(__file__).parent / "fixtures" / "saved_before_the_move"
-sys.path.append(str(SAVED))
-import make  # noqa: E402
-
 ANSWERS = load_file(SAVED / "answers.safetensors")
 
 
@@ -49,7 +46,7 @@ def test_a_store_serves_what_was_recorded(batch, tmp_path):
     shutil.copytree(SAVED / "store", tmp_path / "store")
     torch.manual_seed(0)
     model = rh.InterventionModel(make.llama(), make.trained_graph())
-    store = rh.ActivationStore(folder=tmp_path / "store")
+    store = rh.ActivationStore(directory=tmp_path / "store")
     with model.reusing(store):
         loss = model(**batch).loss
     assert store.misses == 0 and store.hits > 0

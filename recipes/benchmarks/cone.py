@@ -10,16 +10,15 @@ rows, and take turns in one process; medians are printed, and ratios are medians
 model is a Llama with random weights: what a step costs does not depend on what the model knows.
 """
 
-import argparse
 import copy
 import gc
-import json
 import platform
 import statistics
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,54 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import reftheads as rh
 from reftheads.reuse.store import ActivationStore
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where _common.py is
+
+from _common import begin, command_line, write_json, write_text
+
+
+def main(
+    layers: int = 12, width: int = 512, vocab: int = 4096, batch: int = 8, dtype: str = "float32",
+    device: str = "cpu", threads: int = 1, only: str = "", repeats: int = 9, encoder: str | None = None,
+    sst2: str | None = None, out: Path | None = None,
+) -> None:  # fmt: skip
+    """Measure the steps of each shape in turns, and show medians beside what is wanted."""
+    setup = Setup(layers, width, vocab, batch, dtype, device, threads, only, repeats, encoder, sst2)
+    console = Console()
+    console.width = max(console.width, 124)
+    begin(threads=threads)
+    torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    differences: dict[str, float] = {}
+    with Progress(console=console, transient=True) as progress:
+        for case in cases(setup, console):
+            low, high = min(case.losses.values()), max(case.losses.values())
+            differences[case.name] = (high - low) / abs(low)
+            rows += measure(case, setup, progress)
+            if out:
+                write(out, rows, setup, differences)
+    if rows:
+        console.print(table_of(rows, caption(setup, differences)))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The base model, and how it is measured: what the command line says."""
+
+    layers: int
+    width: int
+    vocab: int
+    batch: int
+    dtype: str
+    device: str
+    threads: int
+    only: str
+    repeats: int
+    encoder: str | None
+    sst2: str | None
+
+
+# --- what is measured ---
 
 RANK, LORA_RANK, LR = 4, 8, 1e-5
 SLOW = 500  # ms; shorter steps are called several times a turn, so that caches are those of a loop
@@ -64,7 +111,7 @@ class Shape:
         return list(range(layers)) if self.all_layers else [layers * 3 // 4]
 
     def columns(self, prompt: int) -> list[int]:
-        """What the positions select in a prompt."""
+        """Return what the positions select in a prompt."""
         return [*range(7), *range(prompt - 7, prompt)] if self.positions == "f7+l7" else [prompt - 1]
 
 
@@ -107,7 +154,7 @@ class Case:
 
 
 def step_of(loss_of: Callable[[], Tensor], parameters: list[nn.Parameter]) -> Run:
-    """A training step. AdamW updates only what is trained."""
+    """Return a training step. AdamW updates only what is trained."""
     optimiser = torch.optim.AdamW(parameters, lr=LR)
 
     def step() -> None:
@@ -123,12 +170,12 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def sharing(base: nn.Module) -> Any:
-    """A copy with modules of its own, since hooks are put on them, and the same weights."""
+    """Return a copy with modules of its own, since hooks are put on them, and the same weights."""
     return copy.deepcopy(base, {id(weight): weight for weight in (*base.parameters(), *base.buffers())})
 
 
 def with_reftheads(model: rh.InterventionModel, batch: Batch) -> dict[str, Callable[[], Tensor]]:
-    """The loss by the plain path, with an empty store, and with one that knows the batch.
+    """Return the loss by the plain path, with an empty store, and with one that knows the batch.
 
     Each store has one `Replay` for all steps, as in a training run, which hashes the base model's weights once.
     """
@@ -153,7 +200,7 @@ def with_reftheads(model: rh.InterventionModel, batch: Batch) -> dict[str, Calla
 def with_pyreft(
     base: LlamaForCausalLM, ours: rh.InterventionModel, layers: list[int], columns: list[list[int]], batch: Batch
 ) -> tuple[Callable[[], Tensor], list[nn.Parameter]]:
-    """The same edits, with the same weights, by pyreft: its loss as in `ReftTrainer.compute_loss`."""
+    """Return the loss of the same edits, with the same weights, by pyreft, as in `ReftTrainer.compute_loss`."""
     import pyreft
 
     width, weight = base.config.hidden_size, next(base.parameters())
@@ -186,41 +233,41 @@ def with_lora(base: Any, layers: list[int] | None = None) -> peft.PeftModel:
 
 
 def unfrozen(base: Any) -> Any:
-    """A copy all of whose weights are its own, and trained."""
+    """Return a copy all of whose weights are its own, and trained."""
     return copy.deepcopy(base).train().requires_grad_(True)
 
 
 # --- language models ---
 
 
-def rows_of(shape: Shape, args: argparse.Namespace) -> tuple[Batch, list[int]]:
-    """Random tokens, padded at the right, and the length of each prompt, which varies by ±10 %."""
+def rows_of(shape: Shape, setup: Setup) -> tuple[Batch, list[int]]:
+    """Return random tokens, padded at the right, and the length of each prompt, which varies by ±10 %."""
     spread = shape.prompt // 10
-    prompts = [shape.prompt + round(spread * (2 * i / max(args.batch - 1, 1) - 1)) for i in range(args.batch)]
-    ids = torch.zeros(args.batch, max(prompts) + shape.answer, dtype=torch.long)
+    prompts = [shape.prompt + round(spread * (2 * i / max(setup.batch - 1, 1) - 1)) for i in range(setup.batch)]
+    ids = torch.zeros(setup.batch, max(prompts) + shape.answer, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
     for i, prompt in enumerate(prompts):
         end = prompt + shape.answer
-        ids[i, :end] = torch.randint(3, args.vocab, (end,))
+        ids[i, :end] = torch.randint(3, setup.vocab, (end,))
         mask[i, :end] = 1
         labels[i, prompt:end] = ids[i, prompt:end]
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return {name: value.to(args.device) for name, value in batch.items()}, prompts
+    return {name: value.to(setup.device) for name, value in batch.items()}, prompts
 
 
-def llama(args: argparse.Namespace) -> LlamaForCausalLM:
+def llama(setup: Setup) -> LlamaForCausalLM:
     config = LlamaConfig(
-        hidden_size=args.width, intermediate_size=-(-args.width * 8 // 3 // 64) * 64, num_hidden_layers=args.layers,
-        num_attention_heads=max(args.width // 64, 1), vocab_size=args.vocab, use_cache=False,
+        hidden_size=setup.width, intermediate_size=-(-setup.width * 8 // 3 // 64) * 64, num_hidden_layers=setup.layers,
+        num_attention_heads=max(setup.width // 64, 1), vocab_size=setup.vocab, use_cache=False,
     )  # fmt: skip
-    base = LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype))
+    base = LlamaForCausalLM(config).to(setup.device, getattr(torch, setup.dtype))
     return base.train().requires_grad_(False)
 
 
-def language_model(shape: Shape, base: LlamaForCausalLM, args: argparse.Namespace) -> Case:
-    batch, prompts = rows_of(shape, args)
-    layers = shape.edited(args.layers)
-    graph = rh.InterventionGraph.over(layers, rh.LoReFT(rank=RANK), shape.positions, name="n")
+def language_model(shape: Shape, base: LlamaForCausalLM, setup: Setup) -> Case:
+    batch, prompts = rows_of(shape, setup)
+    layers = shape.edited(setup.layers)
+    graph = rh.InterventionGraph.over(rh.LoReFT(rank=RANK), layers, shape.positions, name="n")
     ours = rh.InterventionModel(sharing(base), graph)
     losses = with_reftheads(ours, batch)
     columns = [shape.columns(prompt) for prompt in prompts]
@@ -229,7 +276,7 @@ def language_model(shape: Shape, base: LlamaForCausalLM, args: argparse.Namespac
     runs = {name: step_of(loss, theirs if name == PYREFT else trained(ours)) for name, loss in losses.items()}
     others = {LORA: with_lora(sharing(base))}
     if layers[0]:
-        others[TOP_LORA] = with_lora(sharing(base), list(range(layers[0], args.layers)))
+        others[TOP_LORA] = with_lora(sharing(base), list(range(layers[0], setup.layers)))
     others[FULL] = unfrozen(base)
     for name, model in others.items():
         runs[name] = step_of(lambda model=model: model(**batch).loss, trained(model))
@@ -237,7 +284,7 @@ def language_model(shape: Shape, base: LlamaForCausalLM, args: argparse.Namespac
     runs[FORWARD] = torch.no_grad()(lambda: base(**inputs))
     cut, lengths = layers[0] + 1, [prompt + shape.answer for prompt in prompts]
     spans = [cone_tokens(edited, length, shape.answer) for edited, length in zip(columns, lengths, strict=True)]
-    runs[PRODUCTS] = products(base, cut, sum(map(len, spans)), shape.answer * args.batch)
+    runs[PRODUCTS] = products(base, cut, sum(map(len, spans)), shape.answer * setup.batch)
     needed = cone_operations(base, cut, spans, shape.answer)
     forward, backward = plain_operations(base, cut, batch["input_ids"])
     return Case(shape.name, runs, known, needed, forward, forward + backward, shape.targets)
@@ -257,71 +304,88 @@ class Classifier(nn.Module):
         return F.cross_entropy(self.head(self.encoder(**inputs).last_hidden_state[:, 0]), label)
 
 
-def sentiment(args: argparse.Namespace) -> Case:
-    """A head on the last block's first token of all-MiniLM-L6-v2, sentences of SST-2."""
-    base = AutoModel.from_pretrained(args.encoder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    base = base.to(args.device, getattr(torch, args.dtype)).train().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(args.encoder)
-    lines = (Path(args.sst2) / "train.csv").read_text(encoding="utf-8").splitlines()[1 : args.batch + 1]
+def sentiment(setup: Setup) -> Case:
+    """Return a head on the last block's first token of all-MiniLM-L6-v2, sentences of SST-2."""
+    base = AutoModel.from_pretrained(setup.encoder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    base = base.to(setup.device, getattr(torch, setup.dtype)).train().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(setup.encoder)
+    lines = (Path(setup.sst2) / "train.csv").read_text(encoding="utf-8").splitlines()[1 : setup.batch + 1]
     labels, sentences = zip(*(line.split(",", 1) for line in lines), strict=True)
     batch = dict(tokenizer(list(sentences), padding=True, return_tensors="pt"))
-    batch = {name: value.to(args.device) for name, value in batch.items()}
-    batch["label"] = torch.tensor([int(label) for label in labels], device=args.device)
+    batch = {name: value.to(setup.device) for name, value in batch.items()}
+    batch["label"] = torch.tensor([int(label) for label in labels], device=setup.device)
     head = rh.Node(rh.LinearHead(outputs=2, target="label"), -1, positions="0", name="mood")
     ours = rh.InterventionModel(sharing(base), rh.InterventionGraph(head))
     losses = with_reftheads(ours, batch)
     known = {name: loss().item() for name, loss in losses.items()}
     runs = {name: step_of(loss, trained(ours)) for name, loss in losses.items()}
     for name, encoder in {LORA: with_lora(sharing(base)), FULL: unfrozen(base)}.items():
-        model = Classifier(encoder, base.config.hidden_size).to(args.device, base.dtype)
+        model = Classifier(encoder, base.config.hidden_size).to(setup.device, base.dtype)
         runs[name] = step_of(lambda model=model: model(**batch), trained(model))
     inputs = {name: value for name, value in batch.items() if name != "label"}
     runs[FORWARD] = torch.no_grad()(lambda: base(**inputs))
     return Case(SST2, runs, known)
 
 
+def cases(setup: Setup, console: Console) -> Iterator[Case]:
+    """Yield those wanted, made one after the other, since each has a model to finetune in full."""
+    shapes = [shape for shape in SHAPES if setup.only in shape.name]
+    base = llama(setup) if shapes else None
+    for shape in shapes:
+        yield language_model(shape, base, setup)  # type: ignore[arg-type]
+    if setup.only not in SST2:
+        return
+    if setup.encoder and setup.sst2 and Path(setup.encoder).is_dir() and (Path(setup.sst2) / "train.csv").is_file():
+        yield sentiment(setup)
+    else:
+        console.print(f"{SST2}: left out, since it needs --encoder (a folder) and --sst2 (a folder with train.csv)")
+
+
 # --- what the cone needs ---
 
 
 def operations(base: LlamaForCausalLM) -> tuple[float, float, float]:
-    """Of a token in a block but for its attention, for every token that it sees there, and of its logits."""
+    """Return those of a token in a block but for attention, for every token it attends to there, and of its logits."""
     block = 2 * sum(weight.numel() for weight in base.model.layers[0].parameters() if weight.ndim == 2)
     return block, 4 * base.config.hidden_size, 2 * base.lm_head.weight.numel()
 
 
 def plain_operations(base: LlamaForCausalLM, cut: int, ids: Tensor) -> tuple[float, float]:
-    """Forward, and backward down to block `cut`, with padding and masked attention, which are computed as well."""
-    block, seen, logits = operations(base)
+    """Return those of forward, and of backward down to block `cut`.
+
+    Padding and masked attention count, since they are computed as well.
+    """
+    block, attended, logits = operations(base)
     rows, columns = ids.shape
     layers = base.config.num_hidden_layers
-    forward = layers * (block + columns * seen) + logits
-    backward = (layers - cut) * (block + 2 * columns * seen) + logits
+    forward = layers * (block + columns * attended) + logits
+    backward = (layers - cut) * (block + 2 * columns * attended) + logits
     return rows * columns * forward, rows * columns * backward
 
 
 def cone_tokens(edited: list[int], length: int, answer: int) -> range:
-    """Of a row, the tokens from the first that is edited to the one before the last, which predicts the last label."""
+    """Return the tokens of a row from the first that is edited to the last but one, which predicts the last label."""
     return range(min(edited[0], length - answer - 1), length - 1)
 
 
 def cone_operations(base: LlamaForCausalLM, cut: int, spans: list[range], answer: int) -> float:
-    """The least that a step needs, matrix products alone.
+    """Return the least that a step needs, matrix products alone.
 
     Computed are the blocks from `cut` on for the tokens of each row's span, which attend to all before them. The
     gradient with respect to activations costs as much again, and in attention also that of the span's keys and values.
     Logits and their gradient are computed where there is a label.
     """
-    block, seen, logits = operations(base)
+    block, attended, logits = operations(base)
     total = 0.0
     for span in spans:
-        pairs, own = sum(token + 1 for token in span), len(span) * (len(span) + 1) / 2
-        forward = len(span) * block + pairs * seen
-        total += (base.config.num_hidden_layers - cut) * (2 * forward + own * seen) + 2 * answer * logits
+        pairs, within = sum(token + 1 for token in span), len(span) * (len(span) + 1) / 2
+        forward = len(span) * block + pairs * attended
+        total += (base.config.num_hidden_layers - cut) * (2 * forward + within * attended) + 2 * answer * logits
     return total
 
 
 def products(base: LlamaForCausalLM, cut: int, tokens: int, labels: int) -> Run:
-    """The products with weights that a step needs, and nothing else: thin ones are slower than the ideal says."""
+    """Return the products with weights that a step needs, alone: thin ones are slower than the ideal says."""
     weights = [weight for block in base.model.layers[cut:] for weight in block.parameters() if weight.ndim == 2]
     head = base.lm_head.weight
     inputs = {size: head.new_ones(tokens, size) for weight in weights for size in weight.shape}
@@ -343,7 +407,7 @@ def products(base: LlamaForCausalLM, cut: int, tokens: int, labels: int) -> Run:
 
 
 class Peak(TorchDispatchMode):
-    """The greatest sum of bytes that tensors made within took at a time.
+    """Watch the greatest sum of bytes that tensors made within took at a time.
 
     What existed before (weights, the optimiser's state, a warm store) does not count, nor does what a kernel takes for
     itself while it runs.
@@ -379,7 +443,7 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def peak_memory(run: Run, device: str) -> float:
-    """Megabytes that a step takes beyond what is there before it."""
+    """Return the megabytes that a step takes beyond what is there before it."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -400,25 +464,25 @@ def milliseconds(run: Run, device: str) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def measure(case: Case, args: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
-    """One row of the table for each step of a case."""
-    task = progress.add_task(case.name, total=len(case.runs) * (args.repeats + 2))
+def measure(case: Case, setup: Setup, progress: Progress) -> list[dict[str, Any]]:
+    """Return one row of the table for each step of a case."""
+    task = progress.add_task(case.name, total=len(case.runs) * (setup.repeats + 2))
 
     def each(do: Callable[[str, Run], float]) -> dict[str, float]:
-        found = {}
+        values = {}
         for name, run in case.runs.items():
             progress.update(task, description=f"{case.name}: {name}")
-            found[name] = do(name, run)
+            values[name] = do(name, run)
             progress.advance(task)
-        return found
+        return values
 
     def timed(name: str, run: Run) -> float:
         calls = 1 if first[name] > SLOW else 4
-        return statistics.median([milliseconds(run, args.device) for _ in range(calls)][calls > 1 :])
+        return statistics.median([milliseconds(run, setup.device) for _ in range(calls)][calls > 1 :])
 
-    first = each(lambda name, run: milliseconds(run, args.device))  # warms up, too
-    memory = each(lambda name, run: peak_memory(run, args.device))
-    turns = [each(timed) for _ in range(args.repeats)]
+    first = each(lambda name, run: milliseconds(run, setup.device))  # warms up, too
+    memory = each(lambda name, run: peak_memory(run, setup.device))
+    turns = [each(timed) for _ in range(setup.repeats)]
     return [row_of(case, name, turns, memory[name]) for name in case.runs]
 
 
@@ -460,17 +524,17 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def operations_of(row: dict[str, Any]) -> str:
-    """How much faster than the plain path a step could be at most, if it took nothing but matrix products."""
+    """Say how much faster than the plain path a step could be at most, if it took nothing but matrix products."""
     return "" if row["operations"] is None else f"operations: {row['operations']:.1f} × fewer"
 
 
-def caption(args: argparse.Namespace, differences: dict[str, float]) -> str:
-    where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {args.threads} thread(s)"
+def caption(setup: Setup, differences: dict[str, float]) -> str:
+    where = torch.cuda.get_device_name() if setup.device.startswith("cuda") else f"CPU, {setup.threads} thread(s)"
     greatest = max(differences, key=differences.__getitem__)
     return (
-        f"{where}; {args.layers} layers, width {args.width}, vocabulary {args.vocab}, batch {args.batch}, "
-        f"{args.dtype}; median of {args.repeats}. × pyreft: its time by this one's. Of ideal: the time that the matrix "
-        "products of the cone would take at the speed of the base model's forward pass, by the step's. "
+        f"{where}; {setup.layers} layers, width {setup.width}, vocabulary {setup.vocab}, batch {setup.batch}, "
+        f"{setup.dtype}; median of {setup.repeats}. × pyreft: its time by this one's. Of ideal: the time that the "
+        "matrix products of the cone would take at the speed of the base model's forward pass, by the step's. "
         f"Losses of reftheads and pyreft differ by {differences[greatest]:.1e} at most ({greatest})."
     )
 
@@ -500,67 +564,25 @@ def markdown_of(rows: list[dict[str, Any]], text: str) -> str:
     return "\n".join([*lines, "", text, ""])
 
 
-def write(folder: Path, rows: list[dict[str, Any]], args: argparse.Namespace, differences: dict[str, float]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def write(folder: Path, rows: list[dict[str, Any]], setup: Setup, differences: dict[str, float]) -> None:
+    """Write what has been measured so far, as JSON and as markdown."""
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, rh)}
     figures = {
-        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "machine": platform.platform(), "versions": versions, "greatest_difference": differences, "rows": rows,
+        "arguments": asdict(setup), "machine": platform.platform(), "versions": versions,
+        "greatest_difference": differences, "rows": rows,
     }  # fmt: skip
-    (folder / "cone.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    (folder / "cone.md").write_text(markdown_of(rows, caption(args, differences)), encoding="utf-8")
-
-
-def cases(args: argparse.Namespace, console: Console) -> Iterator[Case]:
-    """Those wanted, made one after the other, since each has a model to finetune in full."""
-    shapes = [shape for shape in SHAPES if args.only in shape.name]
-    base = llama(args) if shapes else None
-    for shape in shapes:
-        yield language_model(shape, base, args)  # type: ignore[arg-type]
-    if args.only not in SST2:
-        return
-    if args.encoder and args.sst2 and Path(args.encoder).is_dir() and (Path(args.sst2) / "train.csv").is_file():
-        yield sentiment(args)
-    else:
-        console.print(f"{SST2}: left out, since it needs --encoder (a folder) and --sst2 (a folder with train.csv)")
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument(
-        "--vocab", type=int, default=4096, help="4096: logits take as small a share of the work as in a model of 7B"
-    )
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--dtype", default="float32", help="of the base model; what reftheads trains is float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", default="", metavar="WORD", help="shapes whose name contains it")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--encoder", help="a folder with all-MiniLM-L6-v2")
-    parser.add_argument("--sst2", help="a folder with train.csv of SST-2")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for cone.json and cone.md")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args, console = arguments(), Console()
-    console.width = max(console.width, 124)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    rows: list[dict[str, Any]] = []
-    differences: dict[str, float] = {}
-    with Progress(console=console, transient=True) as progress:
-        for case in cases(args, console):
-            low, high = min(case.losses.values()), max(case.losses.values())
-            differences[case.name] = (high - low) / abs(low)
-            rows += measure(case, args, progress)
-            if args.out:
-                write(args.out, rows, args, differences)
-    if rows:
-        console.print(table_of(rows, caption(args, differences)))
+    write_json(folder / "cone.json", figures)
+    write_text(folder / "cone.md", markdown_of(rows, caption(setup, differences)))
 
 
 if __name__ == "__main__":
-    main()
+    command_line(
+        main,
+        vocab="4096: logits take as small a share of the work as in a model of 7B",
+        dtype="of the base model; what reftheads trains is float32",
+        threads="of torch",
+        only="shapes whose name contains this word",
+        encoder="a folder with all-MiniLM-L6-v2",
+        sst2="a folder with train.csv of SST-2",
+        out="a folder for cone.json and cone.md",
+    )

@@ -21,12 +21,22 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reftheads as rh
+from reftheads.graph import Context
 from reftheads.graph.intervention import Shape
 from reftheads.runtime.node_module import NodeModule
 
 
+def main(*words: str) -> None:
+    """Take each measurement whose name contains one of the words; without words, all."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for measure in (orthonormal_cost, cost_of_a_node, generation_speed, import_time):
+        if not words or any(word in measure.__name__ for word in words):
+            measure()
+
+
 def turns(runs: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 10) -> dict[str, list[float]]:
-    """Milliseconds of each of `runs`, which take turns; the second of two calls is timed, as in a loop."""
+    """Return milliseconds of each of `runs`, which take turns; the second of two calls is timed, as in a loop."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + warm_up):
         for name, run in runs.items():
@@ -38,12 +48,12 @@ def turns(runs: Mapping[str, Callable[[], object]], repeats: int, warm_up: int =
 
 
 def paired(first: list[float], second: list[float], relation: Callable[[float, float], float]) -> float:
-    """The median of a relation within each turn, which the drift of a noisy machine does not touch."""
+    """Return the median of a relation within each turn, which the drift of a noisy machine does not touch."""
     return statistics.median(map(relation, first, second))
 
 
 def orthonormal_cost(width: int = 4096, rank: int = 8, tokens: tuple[int, int] = (8, 14), repeats: int = 200) -> None:
-    """LoReFT, deriving R from what is stored, against the same matrix products with R at hand.
+    """Time LoReFT, deriving R from what is stored, against the same matrix products with R at hand.
 
     Target: forward at most 2×, forward and backward at most 3×.
     """
@@ -54,7 +64,7 @@ def orthonormal_cost(width: int = 4096, rank: int = 8, tokens: tuple[int, int] =
     leaves = [*node.parameters(), r, w, b, h_trained]
 
     def ours(h: Tensor) -> Tensor:
-        return node(None, h, rh.Context())
+        return node(None, h, Context())
 
     def plain(h: Tensor) -> Tensor:
         return h + (h @ w.T + b - h @ r.T) @ r
@@ -91,7 +101,7 @@ def llama(layers: int, width: int) -> LlamaForCausalLM:
 
 
 def with_bare_hooks(base: LlamaForCausalLM, rank: int) -> LlamaForCausalLM:
-    """The least that a LoReFT of the last token in every block can cost: closures with R at hand."""
+    """Return the least that a LoReFT of the last token in every block can cost: closures with R at hand."""
 
     def hook(r: Tensor, w: Tensor, b: Tensor) -> Callable[..., Tensor]:
         def edit(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -109,7 +119,7 @@ def with_bare_hooks(base: LlamaForCausalLM, rank: int) -> LlamaForCausalLM:
 
 
 def with_pyreft(base: LlamaForCausalLM, rank: int, tokens: int) -> Callable[[Tensor], object]:
-    """The same edits by pyreft."""
+    """Return a forward pass with the same edits by pyreft."""
     import pyreft
 
     width, layers = base.config.hidden_size, base.config.num_hidden_layers
@@ -128,13 +138,13 @@ def with_pyreft(base: LlamaForCausalLM, rank: int, tokens: int) -> Callable[[Ten
 
 
 def cost_of_a_node(layers: int = 32, width: int = 256, rank: int = 4, tokens: int = 16, repeats: int = 60) -> None:
-    """What a LoReFT of the last token adds to a forward pass, a node in every block.
+    """Time what a LoReFT of the last token adds to a forward pass, a node in every block.
 
     Target: at most 0.10 ms a node, at most a fifth of pyreft.
     """
     base = llama(layers, width)
     ours = rh.InterventionModel(
-        copy.deepcopy(base), rh.InterventionGraph.over(range(layers), rh.LoReFT(rank), positions="l1")
+        copy.deepcopy(base), rh.InterventionGraph.over(rh.LoReFT(rank), range(layers), positions="l1")
     ).eval()
     hooked = with_bare_hooks(copy.deepcopy(base), rank)
     pyreft = with_pyreft(copy.deepcopy(base), rank, tokens)
@@ -157,12 +167,12 @@ def cost_of_a_node(layers: int = 32, width: int = 256, rank: int = 4, tokens: in
 
 
 def generation_speed(layers: int = 8, width: int = 256, new_tokens: int = 64, repeats: int = 20) -> None:
-    """Tokens a second of greedy decoding with edits of the prompt alone, against the base model.
+    """Count tokens a second of greedy decoding with edits of the prompt alone, against the base model.
 
     Target: at least 0.98×.
     """
     base = llama(layers, width)
-    graph = rh.InterventionGraph.over(range(layers), rh.LoReFT(rank=4), positions="f1+l1")
+    graph = rh.InterventionGraph.over(rh.LoReFT(rank=4), range(layers), positions="f1+l1")
     ours = rh.InterventionModel(copy.deepcopy(base), graph).eval()
     ids = torch.randint(0, 1000, (4, 32))
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
@@ -184,7 +194,7 @@ def generation_speed(layers: int = 8, width: int = 256, new_tokens: int = 64, re
 
 
 def import_time(repeats: int = 3) -> None:
-    """Seconds that `import reftheads` takes after torch, transformers and peft. Target: at most 0.3 s."""
+    """Time `import reftheads` after torch, transformers and peft. Target: at most 0.3 s."""
     program = (
         "import torch, transformers, peft, time; start = time.perf_counter(); import reftheads; "
         "print(time.perf_counter() - start)"
@@ -198,17 +208,5 @@ def import_time(repeats: int = 3) -> None:
     Console().print(table)
 
 
-MEASUREMENTS = [orthonormal_cost, cost_of_a_node, generation_speed, import_time]
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    wanted = sys.argv[1:] or [""]
-    for measure in MEASUREMENTS:
-        if any(word in measure.__name__ for word in wanted):
-            measure()
-
-
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -9,9 +9,8 @@ backward pass and AdamW. Everything takes turns in one process; medians are prin
 within a turn. Times of `rh.fit_probes` are all of its time, judging included, divided by the steps.
 """
 
-import argparse
-import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +24,28 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
 import reftheads as rh
-from reftheads._utils.atomic import replacing
+from reftheads.probing import Probes
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where _common.py is
+
+from _common import begin, command_line, write_json
+
+
+def main(
+    threads: int = 1, repeats: int = 5, kinds: tuple[str, ...] = ("rows", "tokens"), out: Path | None = None
+) -> None:
+    """Measure probes of each kind in turns with the other ways, and show medians."""
+    begin(threads=threads)
+    console = Console()
+    console.width = max(console.width, 110)
+    with Progress(console=console, transient=True) as progress:
+        rows = [row for kind in kinds for row in measured(kind, repeats, progress)]
+    console.print(table_of(rows, threads))
+    if out:
+        write_json(out / "probes.json", {"threads": threads, "rows": rows})
+
+
+# --- what is measured ---
 
 LAYERS, WIDTH, ROWS, TOKENS, CLASSES, BATCHES, PROBED = 8, 256, 16, 64, 2, 20, 1
 EPOCHS = 20  # of what is measured on cached activations
@@ -56,13 +76,13 @@ def new_model() -> GPT2Model:
 
 
 def rows_of(kind: str) -> list[dict]:
-    """Random rows with a target for each of eight tasks: one a row, or one a token."""
+    """Return random rows with a target for each of eight tasks: one a row, or one a token."""
     shape = (8,) if kind == "rows" else (8, TOKENS)
     ids = torch.randint(3, 8192, (BATCHES * ROWS, TOKENS))
     targets = torch.randint(CLASSES, (BATCHES * ROWS, *shape))
     return [
-        {"input_ids": own} | {f"task_{i}": target for i, target in enumerate(given)}
-        for own, given in zip(ids.tolist(), targets.tolist(), strict=True)
+        {"input_ids": tokens} | {f"task_{i}": target for i, target in enumerate(of_row)}
+        for tokens, of_row in zip(ids.tolist(), targets.tolist(), strict=True)
     ]
 
 
@@ -76,7 +96,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def whole_model(rows: list[dict], kind: str, layers: list[int]) -> Callable[[], None]:
-    """A step of transformer-heads' way, with a probe at each of some layers."""
+    """Return a step of transformer-heads' way, with a probe at each of some layers."""
     base = new_model()
     heads = nn.ModuleList(nn.Linear(WIDTH, CLASSES) for _ in layers)
     adam = torch.optim.AdamW(heads.parameters(), lr=1e-3)
@@ -85,8 +105,8 @@ def whole_model(rows: list[dict], kind: str, layers: list[int]) -> Callable[[], 
 
     def step() -> None:
         states = base(ids, output_hidden_states=True).hidden_states
-        seen = [states[layer + 1] if kind == "tokens" else states[layer + 1][:, -1] for layer in layers]
-        losses = [F.cross_entropy(h(x).flatten(0, -2), target) for h, x in zip(heads, seen, strict=True)]
+        inputs = [states[layer + 1] if kind == "tokens" else states[layer + 1][:, -1] for layer in layers]
+        losses = [F.cross_entropy(h(x).flatten(0, -2), target) for h, x in zip(heads, inputs, strict=True)]
         adam.zero_grad()
         torch.stack(losses).sum().backward()
         adam.step()
@@ -95,7 +115,7 @@ def whole_model(rows: list[dict], kind: str, layers: list[int]) -> Callable[[], 
 
 
 def plain_probes(x: list[Tensor], y: list[Tensor], epochs: int, batch: int) -> None:
-    """Each probe by a loop of its own on cached features."""
+    """Train each probe by a loop of its own on cached features."""
     for features, target in zip(x, y, strict=True):
         linear = nn.Linear(WIDTH, CLASSES)
         adam = torch.optim.AdamW(linear.parameters(), lr=1e-3)
@@ -111,17 +131,18 @@ def plain_probes(x: list[Tensor], y: list[Tensor], epochs: int, batch: int) -> N
 
 
 def with_probes(layers: list[int], kind: str, tasks: int = 1) -> rh.InterventionModel:
+    """Return a frozen model with a probe at each of some layers for each task."""
     positions = "l1" if kind == "rows" else "all"
-    some = [
+    nodes = [
         rh.Node(rh.LinearHead(CLASSES, f"task_{i}"), layer, positions=positions, name=f"probe_{layer}_{i}")
         for layer in layers
         for i in range(tasks)
     ]
-    return rh.InterventionModel(new_model(), rh.InterventionGraph(*some))
+    return rh.InterventionModel(new_model(), rh.InterventionGraph(*nodes))
 
 
 def early_stop(rows: list[dict], kind: str) -> Callable[[], None]:
-    """A step of the usual loop that computes nothing above its probe."""
+    """Return a step of the usual loop that computes nothing above its probe."""
     model = with_probes([PROBED], kind)
     adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     batch = rh.Collator(Padding())([{n: row[n] for n in ("input_ids", "task_0")} for row in rows[:ROWS]])  # type: ignore[arg-type]
@@ -138,9 +159,9 @@ def early_stop(rows: list[dict], kind: str) -> Callable[[], None]:
     return step
 
 
-def fit(model: rh.InterventionModel, rows: list[dict], epochs: int, batch: int) -> rh.Probes:
+def fit(model: rh.InterventionModel, rows: list[dict], epochs: int, batch: int) -> Probes:
     return rh.fit_probes(
-        model, rows, Padding(), eval_rows=rows[:ROWS], validation=0, seeds=(0,), epochs=epochs, batch_size=batch,  # type: ignore[arg-type]
+        model, Padding(), rows, eval_rows=rows[:ROWS], validation=0, seeds=(0,), epochs=epochs, batch_size=batch,  # type: ignore[arg-type]
         recording_batch_size=ROWS,
     )  # fmt: skip
 
@@ -149,7 +170,7 @@ def fit(model: rh.InterventionModel, rows: list[dict], epochs: int, batch: int) 
 
 
 def turn(kind: str, rows: list[dict]) -> dict[str, tuple[float, float]]:
-    """Milliseconds of the other way and of ours, everything once."""
+    """Return milliseconds of the other way and of ours, everything once."""
     batch = ROWS if kind == "rows" else ROWS * TOKENS
     every = list(range(LAYERS))
     steps = BATCHES * EPOCHS
@@ -182,6 +203,7 @@ def turn(kind: str, rows: list[dict]) -> dict[str, tuple[float, float]]:
 
 
 def measured(kind: str, repeats: int, progress: Progress) -> Iterator[dict]:
+    """Yield a row of the table for each target: medians of all turns."""
     rows = rows_of(kind)
     turns = [turn(kind, rows) for _ in progress.track(range(repeats), description=f"probes of {kind}")]
     for name, wanted in TARGETS.items():
@@ -190,13 +212,13 @@ def measured(kind: str, repeats: int, progress: Progress) -> Iterator[dict]:
         yield {"kind": kind, "what": name, "other_ms": theirs, "ours_ms": ours, "ratio": ratio, "wanted": wanted}
 
 
-def table_of(found: list[dict], threads: int) -> Table:
+def table_of(rows: list[dict], threads: int) -> Table:
     table = Table(
         title=f"Probes on a GPT-2 of width {WIDTH}, {LAYERS} layers, {ROWS} × {TOKENS} tokens, {threads} threads"
     )
     for name in ("probes of", "what", "the other way, ms", "ours, ms", "ratio", "wanted"):
         table.add_column(name, justify="left" if name in ("probes of", "what") else "right")
-    for row in found:
+    for row in rows:
         missed = "" if row["ratio"] >= row["wanted"] else " MISSED"
         table.add_row(
             row["kind"], row["what"], f"{row['other_ms']:.4g}", f"{row['ours_ms']:.4g}", f"{row['ratio']:.3g} ×",
@@ -205,23 +227,5 @@ def table_of(found: list[dict], threads: int) -> Table:
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--kinds", type=lambda text: text.split(","), default=["rows", "tokens"])
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for probes.json")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    console = Console()
-    console.width = max(console.width, 110)
-    with Progress(console=console, transient=True) as progress:
-        found = [row for kind in args.kinds for row in measured(kind, args.repeats, progress)]
-    console.print(table_of(found, args.threads))
-    if args.out:
-        with replacing(args.out / "probes.json") as path:
-            path.write_text(json.dumps({"threads": args.threads, "rows": found}, indent=1), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    command_line(main, threads="of torch", kinds="rows or tokens, that have a target", out="a folder for probes.json")

@@ -1,6 +1,6 @@
 """Make `tiny-chat`, the toy chat model that ships inside reftheads, from nothing.
 
-The corpus is generated here: questions about the topics in `tiny_chat_topics.tsv` in many wordings, answered
+The corpus is generated here: questions about the topics in `data/tiny_chat_topics.tsv` in many wordings, answered
 in plain sentences, or in another style (emoji, upper case, one word ...) where the conversation asks for one.
 
 Large chat models gather what was asked for in the last tokens of the prompt, which is why an intervention there
@@ -13,11 +13,10 @@ above. The style thus reaches these at one token and apart from the topic, and g
     python recipes/tools/pretrain_tiny.py --limit 40 --steps 300 --out /tmp/tiny  # a quick look
 """
 
-import argparse
-import csv
 import json
 import random
 import re
+import sys
 from collections.abc import Iterator
 from itertools import groupby, islice
 from pathlib import Path
@@ -29,7 +28,40 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where _common.py is
+
+from _common import begin, command_line, read_topics
+
+OUT = Path(__file__).resolve().parents[2] / "reftheads" / "tiny_chat"
+
+
+def main(
+    out: Path = OUT, seed: int = 0, steps: int = 4000, lr: float = 3e-3, limit: int | None = None, threads: int = 2
+) -> None:
+    """Make a tokenizer, pretrain a small Llama on conversations about the topics, and write both."""
+    begin(threads=threads)
+    torch.manual_seed(seed)
+    topics = topics_of(read_topics()[:limit])
+    tokenizer = train_tokenizer(Corpus(topics, seed), vocab_size=2560)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=192, intermediate_size=384, num_hidden_layers=6,
+            num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    model.generation_config = GenerationConfig(
+        max_new_tokens=64, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    packed = rows(Corpus(topics, seed + 1), tokenizer)
+    assistant = tokenizer.convert_tokens_to_ids(ASSISTANT)
+    batches = (collate(list(islice(packed, ROWS)), assistant) for _ in range(steps))
+    train(model, batches, steps, lr)
+    save(model, tokenizer, out, seed=seed, steps=steps, topics=len(topics))
+
+
+# --- the conversations ---
+
 ROW_LENGTH, ROWS = 160, 12
 READING_LAYERS = 2
 
@@ -135,14 +167,14 @@ def capitalise(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def read_topics(path: Path, limit: int | None) -> list[Topic]:
+def topics_of(rows: list[dict[str, str]]) -> list[Topic]:
+    """Return the topics of a table, with all ways to ask about each."""
     topics = []
-    with path.open(encoding="utf-8") as file:
-        for row in list(csv.DictReader(file, delimiter="\t"))[:limit]:
-            name = {"t": row["topic"], "be": row["be"]}
-            about, likes = ([capitalise(q.format(**name)) for q in qs] for qs in (ABOUT, LIKES))
-            opinion = f"I find {row['topic']} interesting. {row['fact']}"
-            topics.append(Topic(f"{row['fact']} {row['more']}", row["word"], row["emoji"], about, likes, opinion))
+    for row in rows:
+        name = {"t": row["topic"], "be": row["be"]}
+        about, likes = ([capitalise(q.format(**name)) for q in qs] for qs in (ABOUT, LIKES))
+        opinion = f"I find {row['topic']} interesting. {row['fact']}"
+        topics.append(Topic(f"{row['fact']} {row['more']}", row["word"], row["emoji"], about, likes, opinion))
     return topics
 
 
@@ -363,7 +395,7 @@ package, and just able to answer questions, so that an intervention has somethin
 
 - **Made by** `recipes/tools/pretrain_tiny.py` (seed {seed}, {steps} steps) from a corpus that the recipe generates.
   Pretraining takes 0.33 s a step on two idle cores, 22 minutes for 4,000 steps.
-- **Knows** one or two sentences on each of {topics} everyday topics (`recipes/tools/tiny_chat_topics.tsv`), asked in
+- **Knows** one or two sentences on each of {topics} everyday topics (`recipes/data/tiny_chat_topics.tsv`), asked in
   English in many wordings, and some small talk.
 - **Styles**, where the question, a system message or an earlier turn asks for one: emoji, upper case, lower
   case, one word, a question, pirate. Otherwise plain sentences.
@@ -403,36 +435,10 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path,
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "reftheads" / "tiny_chat")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--limit", type=int, help="use only the first so many topics")
-    parser.add_argument("--threads", type=int, default=2, help="the weights depend on it, in the last digits")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-
-    topics = read_topics(HERE / "tiny_chat_topics.tsv", args.limit)
-    tokenizer = train_tokenizer(Corpus(topics, args.seed), vocab_size=2560)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=192, intermediate_size=384, num_hidden_layers=6,
-            num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        )
-    )  # fmt: skip
-    model.generation_config = GenerationConfig(
-        max_new_tokens=64, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
-    )
-    packed = rows(Corpus(topics, args.seed + 1), tokenizer)
-    assistant = tokenizer.convert_tokens_to_ids(ASSISTANT)
-    batches = (collate(list(islice(packed, ROWS)), assistant) for _ in range(args.steps))
-    train(model, batches, args.steps, args.lr)
-    save(model, tokenizer, args.out, seed=args.seed, steps=args.steps, topics=len(topics))
-
-
 if __name__ == "__main__":
-    main()
+    command_line(
+        main,
+        out="a folder; default: that of the embedded model",
+        limit="use only the first so many topics",
+        threads="of torch; the weights depend on it, in the last digits",
+    )

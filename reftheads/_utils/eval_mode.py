@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, no dropout is active; afterwards every module is in the mode that it was in."""
+    """Put a model into evaluation mode for the block, without any dropout; each module then gets its mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

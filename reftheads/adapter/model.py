@@ -1,20 +1,15 @@
 """InterventionModel: the PeftModel of a base model and a graph."""
 
-import glob
-import os
-import shutil
-import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel
 from torch import nn
 
-from reftheads.adapter.tuner import CHILD, WEIGHTS, InterventionConfig, InterventionTuner, has_file, refuse_pickle
+from reftheads._utils.deprecation import deprecate, renamed
+from reftheads.adapter.checkpoint import SavablePeftModel
+from reftheads.adapter.config import InterventionConfig
 from reftheads.graph.graph import InterventionGraph
 from reftheads.reuse.facts import Facts
 from reftheads.reuse.forecast import describe
@@ -24,26 +19,6 @@ from reftheads.runtime.generate import option, real_tokens
 from reftheads.runtime.node_module import NodeModule
 from reftheads.runtime.plan import Plan
 from reftheads.runtime.scope import entering, scope_of
-
-_CARD = """<!-- reftheads -->
-## How to load
-
-PEFT knows this type of adapter once `reftheads` has been imported:
-
-```python
-import reftheads as rh
-
-model = rh.InterventionModel.from_pretrained(base, "path or Hub id of this adapter")
-```
-
-The intervention graph:
-
-```
-{graph}
-```
-<!-- /reftheads -->
-"""
-
 
 # arguments of `generate` by which it does not begin with the prompt's tokens and a cache that grows
 _OTHER_WAYS = frozenset(
@@ -57,8 +32,8 @@ _USUAL = {
 }  # fmt: skip
 
 
-class InterventionModel(PeftModel):
-    """A base model with an intervention graph: `InterventionModel(base, graph)`.
+class InterventionModel(SavablePeftModel):
+    """Wrap a base model with an intervention graph, as a `PeftModel`.
 
     The same as `peft.get_peft_model(base, InterventionConfig(graph=graph))`, with saving that is atomic
     and a few conveniences. The base model is changed in place: it gets hooks and one child module, and
@@ -67,11 +42,23 @@ class InterventionModel(PeftModel):
     Args:
         model: any transformers model, quantised or not.
         graph: what to do where; or an `InterventionConfig`.
-        adapter_name: under which name the parameters are kept.
+        adapter_name: the name under which the parameters are kept.
 
     Raises:
         ValueError: an address that the model does not have, and everything else that compiling finds.
             The base model is then as it was.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> edit = rh.Node(rh.LoReFT(rank=4), layer=3, positions="l1", name="emoji")
+        >>> model = rh.InterventionModel(base, rh.InterventionGraph(edit))
+        >>> model.node("emoji").R.shape
+        torch.Size([4, 192])
+        >>> model.print_trainable_parameters()
+        trainable params: ...
+        ```
     """
 
     def __init__(
@@ -91,7 +78,7 @@ class InterventionModel(PeftModel):
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's output with what was read; see `reusing` for how less of it is computed."""
+        """Return the base model's output with what was read; see `reusing` for how less of it is computed."""
         replay = scope_of(self.tuner.layer).replay
         if replay is not None and not args:
             batch = dict(kwargs)
@@ -102,7 +89,7 @@ class InterventionModel(PeftModel):
         return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base model's; within `reusing`, the keys and values of what no node looks at come from the store.
+        """Generate as the base model does; within `reusing`, what comes before all nodes is taken from the store.
 
         With `return_heads=True` it returns a `ModelOutput` as with `return_dict_in_generate=True`, with `predictions`
         and `selected` of all heads over the columns of `sequences`, as a call of the model gives them: one more pass,
@@ -120,10 +107,10 @@ class InterventionModel(PeftModel):
 
     @contextmanager
     def reusing(self, replay: Replay | ActivationStore | None = None) -> Iterator[Replay]:
-        """Within, a call computes only what the graph can change, and takes the rest from a store.
+        """Compute in calls within the block only what the graph can change, and take the rest from a store.
 
         Losses and gradients are those of a plain call. The output has no logits, and the activations of the frozen
-        base model are computed once for every content; see `plan_summary` for what that spares. A call that asks
+        base model are computed once for every content; see `reuse_summary` for what that spares. A call that asks
         for more, such as `output_hidden_states`, is a plain one, and so is one in a state of the model in which
         the result could differ.
 
@@ -141,7 +128,7 @@ class InterventionModel(PeftModel):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within, the base model answers, bit for bit.
+        """Switch the graph off within the block: the base model answers, bit for bit.
 
         It holds, as `torch.no_grad` does, for calls made by the thread or coroutine that entered the block; calls of
         others, and calls that have begun before, go on as they are.
@@ -149,26 +136,31 @@ class InterventionModel(PeftModel):
         with self.tuner.layer.silent():
             yield
 
-    @property
-    def tuner(self) -> InterventionTuner:
-        """The PEFT tuner between this wrapper and the base model."""
-        assert isinstance(self.base_model, InterventionTuner)
-        return self.base_model
+    @renamed(adapter="adapter_name")
+    def node(self, name: str, adapter_name: str | None = None) -> NodeModule:
+        """Return the parameters of a node, by the paper's letters: `model.node("emoji").R`.
 
-    def node(self, name: str, adapter: str | None = None) -> NodeModule:
-        """The parameters of a node; see `InterventionTuner.node`."""
-        return self.tuner.node(name, adapter)
+        Args:
+            name: of the node.
+            adapter_name: the adapter whose node it is; the (first) active one if left out.
 
-    def plan(self, adapter: str | None = None) -> Plan:
-        """The compiled graph of an adapter."""
-        return self.tuner.plan(adapter)
+        Raises:
+            KeyError: no such node or adapter.
+        """
+        return self.tuner.node(name, adapter_name)
 
-    def summary(self, adapter: str | None = None) -> None:
-        """Prints a table, one line a node."""
-        self.tuner.summary(adapter)
+    @renamed(adapter="adapter_name")
+    def plan(self, adapter_name: str | None = None) -> Plan:
+        """Return the compiled graph of an adapter; of the (first) active one if left out."""
+        return self.tuner.plan(adapter_name)
 
-    def plan_summary(self, batch: Mapping[str, Any] | None = None) -> None:
-        """Prints what `reusing` reuses in the state that the model is in, what it does not, and why.
+    @renamed(adapter="adapter_name")
+    def summary(self, adapter_name: str | None = None) -> None:
+        """Print a table, one line per node: what it is, where, its width, positions and number of parameters."""
+        self.tuner.summary(adapter_name)
+
+    def reuse_summary(self, batch: Mapping[str, Any] | None = None) -> str:
+        """Say what `reusing` reuses in the state that the model is in, what it does not, and why.
 
         Args:
             batch: rows as for a call; then also the share of a plain training step's floating-point operations that
@@ -177,7 +169,12 @@ class InterventionModel(PeftModel):
         Raises:
             ValueError: a model in which nothing can be reused, since it has no one stack of blocks.
         """
-        print(describe(self.replay(), [] if batch is None else [batch]))
+        return describe(self.replay(), [] if batch is None else [batch])
+
+    def plan_summary(self, batch: Mapping[str, Any] | None = None) -> None:
+        """Print `reuse_summary`, which replaces it."""
+        deprecate("InterventionModel.plan_summary(batch)", "print(InterventionModel.reuse_summary(batch))")
+        print(self.reuse_summary(batch))
 
     def replay(self, store: ActivationStore | None = None) -> Replay:
         """Return what computes only what the graph can change, with a store or none.
@@ -197,10 +194,22 @@ class InterventionModel(PeftModel):
         return {**self.__dict__, "_known": None}
 
     def add_adapter(self, adapter_name: str, peft_config: InterventionGraph | PeftConfig, **kwargs: Any) -> None:
-        """Adds a second graph, or a set of parameters of its own for the same one; `set_adapter` makes it act.
+        """Add a second graph, or a second set of parameters for the same one; `set_adapter` makes it act.
 
         Raises:
             ValueError: a name that is taken, or what compiling finds; the model is then as it was.
+
+        Example:
+            ```python
+            >>> import reftheads as rh
+            >>> base, tokenizer = rh.load_base("tiny-chat")
+            >>> graph = rh.InterventionGraph.over([2, 3], rh.LoReFT(rank=4))
+            >>> model = rh.InterventionModel(base, graph, adapter_name="formal")
+            >>> model.add_adapter("funny", graph)
+            >>> model.set_adapter("funny")
+            >>> model.active_adapters
+            ['funny']
+            ```
         """
         if adapter_name in self.peft_config:
             raise ValueError(
@@ -209,7 +218,7 @@ class InterventionModel(PeftModel):
         super().add_adapter(adapter_name, _config(peft_config), **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter and its parameters.
+        """Remove an adapter and its parameters.
 
         Raises:
             ValueError: an adapter that the model does not have, or the last one.
@@ -219,7 +228,7 @@ class InterventionModel(PeftModel):
         super().delete_adapter(adapter_name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Switches to an adapter, or to several that act together in the order given.
+        """Switch to an adapter, or to several that act together in the order given.
 
         Raises:
             ValueError: an adapter that the model does not have.
@@ -232,178 +241,6 @@ class InterventionModel(PeftModel):
             )
         self.active_adapter = names[0]
         self.tuner.set_adapter(names, inference_mode=inference_mode)
-
-    # --- saving and loading -------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs: Any
-    ) -> None:
-        """Writes `adapter_config.json`, `adapter_model.safetensors` and a model card.
-
-        All files are written to a temporary directory first, and moved into place when they are complete, the
-        weights first: a process that is killed while it saves the same graph again leaves the old weights or the
-        new ones.
-
-        Args:
-            kwargs: as for PEFT, such as `selected_adapters`; and `push_to_hub=True` with `repo_id`, `token`, `private`.
-
-        Raises:
-            ValueError: `safe_serialization=False`, which would write a pickle; positions given by a
-                function, which no file can hold.
-        """
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False would write a pickle: adapters are saved as safetensors only")
-        for name in kwargs.get("selected_adapters") or self.peft_config:
-            if name in self.peft_config:
-                self.peft_config[name].to_dict()
-        target = Path(os.path.realpath(save_directory))
-        if target.is_file():
-            raise ValueError(f"{target} is a file: give a directory to save into")
-        push = kwargs.pop("push_to_hub", False)
-        hub = {name: kwargs.pop(name) for name in ("repo_id", "token", "private") if name in kwargs}
-        kwargs.setdefault("save_embedding_layers", False)
-        # the whole state is not needed, and bitsandbytes changes 4-bit weights that are asked for theirs
-        if kwargs.get("state_dict") is None and not kwargs["save_embedding_layers"]:
-            kwargs["state_dict"] = self.tuner.layer.state_dict(prefix=f"base_model.model.{CHILD}.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        place = target if target.is_dir() else target.parent  # on one file system with the target in any case
-        prefix = f".{target.name}.saving-"
-        _remove_abandoned(place, prefix)
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=place) as folder:
-            if (target / "README.md").exists():
-                shutil.copy(target / "README.md", folder)
-            super().save_pretrained(folder, **kwargs)
-            files = sorted((p for p in Path(folder).rglob("*") if p.is_file()), key=lambda p: p.name != WEIGHTS)
-            for file in files:
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
-            for file in files:
-                destination = target / file.relative_to(folder)
-                destination.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, destination)
-        if push:
-            self.push_to_hub(hub.pop("repo_id", target.name), **hub, **kwargs)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        token: str | bool | None = None,
-        private: bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str = "Upload adapter",
-        **kwargs: Any,
-    ) -> Any:
-        """Uploads what `save_pretrained` writes; a model card that is there already is kept and completed.
-
-        Args:
-            repo_id: of the repository, which is made if there is none.
-            kwargs: go to `save_pretrained`.
-        """
-        api = huggingface_hub.HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as parent:
-            folder = Path(parent, "adapter")
-            if api.file_exists(repo_id, "README.md", revision=revision):
-                folder.mkdir()
-                shutil.copy(api.hf_hub_download(repo_id, "README.md", revision=revision), folder)
-            self.save_pretrained(folder, **kwargs)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-            )
-
-    def create_or_update_model_card(self, output_dir: str) -> None:
-        """PEFT's card, with a section on how to load this adapter and its graph, written anew at every save."""
-        super().create_or_update_model_card(output_dir)
-        path = Path(output_dir) / "README.md"
-        text = path.read_text(encoding="utf-8").rstrip() + "\n"
-        before, _, rest = text.partition("<!-- reftheads -->\n")
-        after = rest.partition("<!-- /reftheads -->\n")[2]
-        graphs = "\n\n".join(str(plan.graph) for plan in self.tuner.layer.plans.values())
-        path.write_text(f"{before.rstrip()}\n\n{_CARD.format(graph=graphs)}{after}", encoding="utf-8")
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | os.PathLike,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        **kwargs: Any,
-    ) -> "InterventionModel":
-        """Loads a saved adapter onto `model`.
-
-        Args:
-            model: the base model; a graph is compiled into it.
-            model_id: a directory, or the id of a Hub repository.
-            is_trainable: whether to go on training it.
-            kwargs: such as `revision` or `subfolder`.
-
-        Raises:
-            ValueError: a checkpoint that would need unpickling, is truncated or damaged, or belongs to a
-                model of other widths. The base model is then as it was.
-        """
-        model_id = os.fspath(model_id)
-        config = config or _read_config(model_id, **kwargs)
-        config.inference_mode = not is_trainable
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        loaded = cls(model, config, adapter_name)
-        try:
-            loaded.load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
-        except Exception:
-            loaded.tuner.unload()
-            for parameter in trained:
-                parameter.requires_grad = True
-            raise
-        return loaded
-
-    def load_adapter(
-        self, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool = False, **kwargs: Any
-    ) -> Any:
-        """Loads the weights of a saved adapter, adding it if there is none of that name.
-
-        Raises:
-            ValueError: as in `from_pretrained`; an adapter that this call added is gone again.
-        """
-        model_id = os.fspath(model_id)
-        new = adapter_name not in self.peft_config
-        if new:
-            _read_config(model_id, **kwargs)
-        refuse_pickle(model_id, **kwargs)
-        if not has_file(model_id, WEIGHTS, **kwargs):
-            raise ValueError(f"{model_id} holds no {WEIGHTS}: give the directory or Hub id of a saved adapter")
-        try:
-            return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
-        except Exception as error:
-            if new and adapter_name in self.peft_config:
-                self.delete_adapter(adapter_name)
-            if type(error).__name__ == "SafetensorError":
-                raise ValueError(
-                    f"{os.path.join(model_id, WEIGHTS)} is truncated or damaged ({error}): save or copy it again"
-                ) from error
-            raise
-
-
-def _remove_abandoned(place: Path, prefix: str) -> None:
-    """Removes what saves that were killed at least an hour ago have left."""
-    for folder in place.glob(f"{glob.escape(prefix)}*"):
-        if time.time() - folder.stat().st_mtime > 3600:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _read_config(model_id: str, **kwargs: Any) -> InterventionConfig:
-    config = InterventionConfig.from_pretrained(model_id, **kwargs)
-    if not isinstance(config, InterventionConfig):
-        raise ValueError(
-            f"{model_id} holds a {PeftType(config.peft_type).value} adapter, not an intervention graph: load it by peft"
-        )
-    return config
 
 
 def _config(graph: InterventionGraph | PeftConfig) -> Any:

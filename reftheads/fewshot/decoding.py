@@ -35,19 +35,33 @@ def greedy_sample(
     *,
     batch_size: int = 32,
 ) -> list[list[int]]:
-    """The most likely next token, again and again, until a stop token or `max_tokens`: the new tokens of each row.
+    """Take the most likely next token, again and again, and return the new tokens of each row.
 
-    Neither the input nor the stop token is returned. It is what `model.generate(do_sample=False)` gives with the stop
-    tokens as its `eos_token_id`, and without penalties. What all rows begin with is computed once, unless the model
-    has a graph, recurrent layers, or windows and rows of several lengths.
+    A row ends at a stop token, which is not returned, or after `max_tokens`. It is what
+    `model.generate(do_sample=False)` gives with the stop tokens as its `eos_token_id`, and without penalties. What all
+    rows begin with is computed once, unless the model has a graph, recurrent layers, or windows and rows of several
+    lengths.
 
     Args:
         input_ids: rows of one length, or of several as lists.
+        stop_tokens: ids of tokens that end a row.
+        max_tokens: new tokens a row, at most.
         batch_size: rows that are answered at the same time.
 
     Raises:
         ValueError: no rows, an empty one, `max_tokens` below 1, more tokens than the model's context has, or a model
             that is no decoder.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> import reftheads.fewshot as fs
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> prompt = fs.encode_prompt(tokenizer, [{"role": "user", "content": "Tell me about owls."}])
+        >>> answers = fs.greedy_sample(base, [prompt], [tokenizer.eos_token_id], max_tokens=6)
+        >>> tokenizer.batch_decode(answers)
+        ['Owls are birds that']
+        ```
     """
     rows = [torch.as_tensor(row, dtype=torch.long) for row in input_ids]
     if not rows or not all(len(row) for row in rows) or min(max_tokens, batch_size) < 1:
@@ -68,9 +82,9 @@ def greedy_sample(
 
 
 def _greedy(
-    model: Any, begun: DynamicCache, rows: Sequence[Int[Tensor, " tokens"]], stop: Int[Tensor, " some"], max_tokens: int
+    model: Any, begun: DynamicCache, rows: Sequence[Int[Tensor, " tokens"]], stop: Int[Tensor, " ids"], max_tokens: int
 ) -> list[list[int]]:
-    """The new tokens of a batch of rows, given the cache of what comes before them."""
+    """Return the new tokens of a batch of rows, given the cache of what comes before them."""
     ids = pad_sequence(list(rows), batch_first=True, padding_side="left").to(model.device)
     real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(model.device)
     mask = torch.cat([real.new_ones(len(rows), begun.get_seq_length()), real], 1)
@@ -103,67 +117,81 @@ def score_labels(
     batch_size: int = 32,
     max_length: int | None = None,
 ) -> Float[Tensor, "prompts labels"]:
-    """Log p(label | prompt), in nats; what all prompts begin with, such as examples, is computed once.
+    """Return log p(label | prompt) in nats.
+
+    What all prompts begin with, such as examples, is computed once.
 
     Args:
         labels: such as the names of classes.
         normalise: divides by the number of the label's tokens, so that longer labels are not at a disadvantage.
-        answer: how a label stands behind a text; behind a conversation it stands alone.
+        answer: how a label stands after a text; after a conversation it stands alone.
         batch_size: continuations a pass.
         max_length: cuts longer prompts at their left, so that they have so many tokens with the longest label.
 
     Raises:
         ValueError: no prompts or labels, one without tokens, a prompt over the model's context, or a model that is no
             decoder.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> import reftheads.fewshot as fs
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> prompts = [[{"role": "user", "content": f"Tell me about {word}."}] for word in ("bread", "owls")]
+        >>> fs.score_labels(base, tokenizer, prompts, ["Owls are", "Bread is"]).argmax(1)
+        tensor([1, 0])
+        ```
     """
     if isinstance(prompts, str) or isinstance(labels, str):
         raise ValueError("score_labels takes lists of prompts and labels, got a text: put it into a list")
-    asked = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    form_of = [answer if isinstance(prompt, str) else "{y}" for prompt in prompts]
-    ends = {form: encode_continuations(tokenizer, [form.format(y=y) for y in labels]) for form in set(form_of)}
-    if not asked or not labels or not all(asked) or not all(map(all, ends.values())):
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    forms = [answer if isinstance(prompt, str) else "{y}" for prompt in prompts]
+    ends = {form: encode_continuations(tokenizer, [form.format(y=y) for y in labels]) for form in set(forms)}
+    if not encoded or not labels or not all(encoded) or not all(map(all, ends.values())):
         raise ValueError(
             "give at least one prompt and one label, each with a token: got prompts of "
-            f"{[len(ids) for ids in asked]} tokens and the labels {list(labels)!r}"
+            f"{[len(ids) for ids in encoded]} tokens and the labels {list(labels)!r}"
         )
     if max_length is not None:
-        room = max_length - max(len(end) for some in ends.values() for end in some)
+        room = max_length - max(len(end) for of_form in ends.values() for end in of_form)
         if room < 1:
             raise ValueError(f"max_length={max_length} leaves no room for a prompt before the longest label")
-        asked = [ids[-room:] for ids in asked]
-    rows = [torch.tensor([*ids, *end]) for ids, form in zip(asked, form_of, strict=True) for end in ends[form]]
+        encoded = [ids[-room:] for ids in encoded]
+    rows = [torch.tensor([*ids, *end]) for ids, form in zip(encoded, forms, strict=True) for end in ends[form]]
     _check(model, max(map(len, rows)))
-    starts = [len(ids) for ids in asked for _ in labels]
+    starts = [len(ids) for ids in encoded for _ in labels]
     common = min(_common(rows), min(starts) - 1) if _carries(model) else 0
     scores: list[Tensor] = []
     with evaluating(model):
         cache = _cache_of(model, rows[0][:common])
         for first in range(0, len(rows), batch_size):
-            some, prompts_of = rows[first : first + batch_size], starts[first : first + batch_size]
-            scores += _log_p_of_ends(model, cache, [row[common:] for row in some], [n - common for n in prompts_of])
-    return torch.stack([own.mean() if normalise else own.sum() for own in scores]).view(len(asked), len(labels))
+            part = slice(first, first + batch_size)
+            rests = [row[common:] for row in rows[part]]
+            scores += _log_p_of_ends(model, cache, rests, [start - common for start in starts[part]])
+    return torch.stack([score.mean() if normalise else score.sum() for score in scores]).view(len(encoded), len(labels))
 
 
 def _log_p_of_ends(
     model: Any, cache: DynamicCache, rows: Sequence[Int[Tensor, " tokens"]], prompts: Sequence[int]
 ) -> list[Float[Tensor, " tokens"]]:
-    """Of every token behind the prompts, given the cache and what comes before it in its row."""
+    """Return log p of every token after the prompts, given the cache and what comes before it in its row."""
     ids = pad_sequence(list(rows), batch_first=True).to(model.device)
     columns = torch.arange(ids.shape[1], device=ids.device)
     real, prompt = (columns < torch.tensor(n, device=ids.device)[:, None] for n in ([len(r) for r in rows], prompts))
     mask = torch.cat([real.new_ones(len(rows), cache.get_seq_length()), real], 1).long()
-    # a graph has to be told where the prompt ends
-    given = {"prompt_mask": prompt} if _interventions(model) else {}
-    given |= _last(model, count := ids.shape[1] - min(prompts) + 1)
-    passed = model(input_ids=ids, attention_mask=mask, past_key_values=_repeated(cache, len(rows)), **given)
+    count = ids.shape[1] - min(prompts) + 1
+    options: dict[str, Any] = _last(model, count)
+    if _interventions(model):  # a graph has to be told where the prompt ends
+        options["prompt_mask"] = prompt
+    passed = model(input_ids=ids, attention_mask=mask, past_key_values=_repeated(cache, len(rows)), **options)
     logits = passed.logits[:, -count:-1]  # of the first answer to begin, and on
     log_p = -F.cross_entropy(logits.float().mT, ids[:, min(prompts) :], reduction="none").cpu()
     ends = ((start - min(prompts), len(row) - min(prompts)) for row, start in zip(rows, prompts, strict=True))
-    return [own[start:end] for own, (start, end) in zip(log_p, ends, strict=True)]
+    return [of_row[start:end] for of_row, (start, end) in zip(log_p, ends, strict=True)]
 
 
 def _prompts_end(model: Any, real: Int[Tensor, "rows columns"]) -> AbstractContextManager:
-    """Within, the nodes of a graph know that what is there now is the prompt."""
+    """Tell the nodes of a graph, for as long as it lasts, that what is there now is the prompt."""
     nodes = _interventions(model)
     return nodes.generating(real.bool(), real.bool()) if nodes else nullcontext()
 
@@ -177,7 +205,7 @@ def _takes(model: Any, name: str) -> bool:
 
 
 def _last(model: Any, count: int) -> dict[str, int]:
-    """Asks for the logits of the last columns alone, of models that can."""
+    """Return the argument that asks for the logits of the last columns alone, of models that take one."""
     return {"logits_to_keep": count} if _takes(model, "logits_to_keep") else {}
 
 
@@ -196,7 +224,7 @@ def _check(model: Any, tokens: int) -> None:
 
 
 def _carries(model: Any, padded: bool = False) -> bool:
-    """Whether the model goes on from a cache as if there were none; with padding behind it, if `padded`."""
+    """Say whether the model goes on from a cache as if there were none; with padding after it, if `padded`."""
     layers = {type(layer) for layer in DynamicCache(config=model.config).layers}
     # a window would count the padding, and states of recurrent layers are for the next token alone
     able = {DynamicLayer} if padded else {DynamicLayer, DynamicSlidingWindowLayer}
@@ -204,7 +232,7 @@ def _carries(model: Any, padded: bool = False) -> bool:
 
 
 def _common(rows: Sequence[Int[Tensor, " tokens"]]) -> int:
-    """How many tokens all rows begin with."""
+    """Count the tokens that all rows begin with."""
     columns = zip(*(row.tolist() for row in rows), strict=False)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 

@@ -20,22 +20,41 @@ if TYPE_CHECKING:
 def shifted_cross_entropy(
     logits: Float[Tensor, "rows *columns classes"], targets: Int[Tensor, " rows *columns"]
 ) -> Float[Tensor, ""]:
-    """Cross-entropy in nats, a mean over targets that are not -100.
+    """Return the cross-entropy in nats, a mean over the targets that are not -100.
 
-    Of logits [rows classes] it is the plain one. Of logits [rows columns classes], those of a token are compared with
-    the target of the next column, as a language model's are.
+    Logits [rows classes] are compared with the targets of their rows. Logits [rows columns classes] are compared, as a
+    language model's are, with the target of the next column.
 
     Raises:
         ValueError: shapes that do not go together.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> import reftheads.fewshot as fs
+        >>> logits = torch.zeros(1, 4, 10)  # a token as likely as any other: ln 10
+        >>> round(fs.shifted_cross_entropy(logits, torch.tensor([[-100, -100, 7, 3]])).item(), 3)
+        2.303
+        ```
     """
     return F.cross_entropy(*_aligned(logits, targets), ignore_index=IGNORE)
 
 
 def masked_accuracy(logits: Float[Tensor, "rows *columns classes"], targets: Int[Tensor, " rows *columns"]) -> float:
-    """The share of targets, without those of -100, at which the largest logit is; shifted as `shifted_cross_entropy`.
+    """Return the share of the targets that are not -100 which have the largest logit.
+
+    Logits and targets are compared as by `shifted_cross_entropy`.
 
     Raises:
         ValueError: shapes that do not go together, or no target but -100.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> import reftheads.fewshot as fs
+        >>> fs.masked_accuracy(torch.eye(3), torch.tensor([0, 2, -100]))
+        0.5
+        ```
     """
     logits, targets = _aligned(logits, targets)
     counts = targets != IGNORE
@@ -56,26 +75,47 @@ def _aligned(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def accuracy(predictions: Sequence[Any], targets: Sequence[Any]) -> float:
-    """The share of predictions that are equal to their targets.
+    """Return the share of predictions that equal their targets.
 
     Raises:
         ValueError: no predictions, or another number of targets.
+
+    Example:
+        ```python
+        >>> import reftheads.fewshot as fs
+        >>> fs.accuracy(["good", "bad"], ["good", "good"])
+        0.5
+        ```
     """
     _check(predictions, targets)
     return sum(bool(p == t) for p, t in zip(predictions, targets, strict=True)) / len(targets)
 
 
 def exact_match(predictions: Sequence[str], answers: Sequence[str | Sequence[str]]) -> float:
-    """The share of predictions that are one of the answers, in whatever case, without punctuation, articles and
-    surplus space (Rajpurkar et al. 2016, https://arxiv.org/abs/1606.05250).
+    """Return the share of predictions that are one of their answers.
+
+    Case, punctuation, articles and surplus space do not count (Rajpurkar et al. 2016,
+    https://arxiv.org/abs/1606.05250).
+
+    Args:
+        answers: of each prediction its right answer, or several.
 
     Raises:
         ValueError: no predictions, or another number of answers.
+
+    Example:
+        ```python
+        >>> import reftheads.fewshot as fs
+        >>> fs.exact_match(["The garden.", "hall"], ["garden", ("kitchen", "office")])
+        0.5
+        ```
     """
     _check(predictions, answers)
-    aliases = ([some] if isinstance(some, str) else some for some in answers)
-    found = [_plain(p) in map(_plain, some) for p, some in zip(predictions, aliases, strict=True)]
-    return sum(found) / len(found)
+    right = 0
+    for prediction, of_prediction in zip(predictions, answers, strict=True):
+        of_prediction = [of_prediction] if isinstance(of_prediction, str) else of_prediction
+        right += _plain(prediction) in map(_plain, of_prediction)
+    return right / len(predictions)
 
 
 def _plain(text: str) -> str:
@@ -84,10 +124,17 @@ def _plain(text: str) -> str:
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Mean F-scores of ROUGE-1, -2 and -L, with stemming, by the library rouge-score (Lin 2004).
+    """Return the mean F-scores of ROUGE-1, -2 and -L, with stemming, by the library rouge-score (Lin 2004).
 
     Raises:
         ValueError: no predictions, or another number of references.
+
+    Example:
+        ```python
+        >>> import reftheads.fewshot as fs
+        >>> fs.rouge(["cats sleep"], ["the cat sleeps"])
+        {'rouge1': 0.8, 'rouge2': 0.666..., 'rougeL': 0.8}
+        ```
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -99,24 +146,33 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
 
 
 def ngram_overlap(predictions: Sequence[str], references: Sequence[str], n: int = 1) -> float:
-    """The mean share of a prediction's n-grams of words that its reference has, each as often at most.
+    """Return the mean share of a prediction's n-grams of words that its reference has too.
 
-    A prediction without n-grams has 0.
+    An n-gram counts as often as it occurs in the reference at most. A prediction without n-grams has a share of 0.
 
     Raises:
         ValueError: no predictions, another number of references, or n below 1.
+
+    Example:
+        ```python
+        >>> import reftheads.fewshot as fs
+        >>> fs.ngram_overlap(["the cat the"], ["the cat sleeps"])
+        0.666...
+        ```
     """
     _check(predictions, references)
     if n < 1:
         raise ValueError(f"n must be 1 or more, got {n}")
     shares = []
     for prediction, reference in zip(predictions, references, strict=True):
-        own, given = (
-            Counter(zip(*(text.lower().split()[i:] for i in range(n)), strict=False))
-            for text in (prediction, reference)
-        )
-        shares.append((own & given).total() / own.total() if own else 0.0)
+        said, wanted = _ngrams(prediction, n), _ngrams(reference, n)
+        shares.append((said & wanted).total() / said.total() if said else 0.0)
     return sum(shares) / len(shares)
+
+
+def _ngrams(text: str, n: int) -> Counter[tuple[str, ...]]:
+    words = text.lower().split()
+    return Counter(zip(*(words[i:] for i in range(n)), strict=False))
 
 
 def _check(predictions: Sequence[Any], targets: Sequence[Any]) -> None:

@@ -27,10 +27,23 @@ _ROLES = ("user", "assistant")
 
 @dataclass(frozen=True)
 class Format:
-    """How an example is written: `example` with {x} and {y}, and `query`, what of it stands before the answer.
+    """Say how an example is written in a prompt.
 
     Args:
+        example: with {x} where its input stands, and {y} where its answer does.
+        query: what of that stands before the answer.
         between: what stands between two examples.
+
+    Raises:
+        ValueError: texts without {x} or {y}, or a query that ends in a space.
+
+    Example:
+        ```python
+        >>> import reftheads.fewshot as fs
+        >>> form = fs.Format("{x} → {y}", "{x} →", between="; ")
+        >>> fs.icl_prompts(["one", "two"], ["1", "2"], "three", form, shuffle=False)
+        'one → 1; two → 2; three →'
+        ```
     """
 
     example: str
@@ -65,17 +78,18 @@ def icl_prompts(
     tokenizer: PreTrainedTokenizerBase | None = None,
     budget: int | None = None,
 ) -> Prompt | list[Prompt]:
-    """A prompt that shows the examples, and the test input after them, without an answer and a space at its end.
+    """Write a prompt that shows the examples and, after them, the test input without its answer.
 
-    Of several test inputs a list of prompts, all with the same examples in the same order: what they begin with can be
-    computed once.
+    A prompt ends in no space. Several test inputs give a list of prompts, all with the same examples in the same
+    order: what they begin with can be computed once.
 
     Args:
         format: a name in `formats`, a `Format`, or "chat": then the examples are earlier turns of a conversation, for
             `tokenizer.apply_chat_template(…, add_generation_prompt=True)`.
         shuffle: by one permutation of the pairs.
         rng: draws it; left out, `np.random`, which `np.random.seed` makes reproducible.
-        tokenizer, budget: leave out the first examples until no prompt is longer than `budget` tokens; warn how many.
+        tokenizer, budget: the first examples are left out until no prompt is longer than `budget` tokens; a warning
+            says how many.
 
     Returns:
         A text or, of the format "chat", a conversation; a list of them where `test_input` is one.
@@ -83,6 +97,13 @@ def icl_prompts(
     Raises:
         ValueError: numbers of inputs and labels that differ, no test inputs, a format that is not known; a budget
             without a tokenizer, and one that a test input exceeds without any example.
+
+    Example:
+        ```python
+        >>> import reftheads.fewshot as fs
+        >>> fs.icl_prompts(["Where is Mary?"], ["garden"], "Where is John?", "qa")
+        'Where is Mary? In the garden. Where is John? In the'
+        ```
     """
     if len(support_inputs) != len(support_labels):
         raise ValueError(f"every input needs its label: got {len(support_inputs)} inputs, {len(support_labels)} labels")
@@ -99,7 +120,7 @@ def icl_prompts(
         def longest(dropped: int) -> int:
             return max(len(encode_prompt(tokenizer, _written(pairs[dropped:], test, format))) for test in tests)
 
-        dropped = bisect_left(range(len(pairs) + 1), True, key=lambda some: longest(some) <= budget)
+        dropped = bisect_left(range(len(pairs) + 1), True, key=lambda count: longest(count) <= budget)
         if dropped > len(pairs):
             raise ValueError(
                 f"a test input alone makes a prompt of {longest(len(pairs))} tokens, over the budget of {budget}: "
@@ -124,7 +145,17 @@ def _written(pairs: Sequence[tuple[str, str]], test_input: str, format: str | Fo
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
-    """The tokens of a prompt, of a conversation with the start of the answer."""
+    """Return the tokens of a prompt; those of a conversation end with the start of the answer.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> import reftheads.fewshot as fs
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> tokenizer.decode(fs.encode_prompt(tokenizer, [{"role": "user", "content": "Hello."}]))
+        '<|user|>Hello.<|end|><|assistant|>'
+        ```
+    """
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]  # type: ignore[return-value]
     text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
@@ -134,27 +165,38 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mes
 def k_shot(
     labels: Sequence[Hashable], k: int, *, seed: int = 0, classes: Sequence[Hashable] | None = None
 ) -> list[int]:
-    """Indices of k examples of each class, drawn without replacement, in an order that the seed shuffles too.
+    """Draw k examples of each class without replacement, and return their indices in an order that the seed shuffles.
 
     Args:
+        labels: the class of every example.
         classes: all that there are; left out, those that have examples.
 
     Raises:
         ValueError: no examples, a label that is none of the classes, k below 0 or over the number of examples of a
             class.
+
+    Example:
+        ```python
+        >>> import reftheads.fewshot as fs
+        >>> labels = ["good", "bad", "good", "bad", "bad"]
+        >>> [labels[i] for i in fs.k_shot(labels, 1, seed=1)]
+        ['good', 'bad']
+        ```
     """
     if k < 0 or not labels:
         raise ValueError(f"k must be 0 or more, and some examples there to draw from: got k={k}, {len(labels)} labels")
     rng = np.random.RandomState(seed)
-    found: dict[Hashable, list[int]] = {label: [] for label in (dict.fromkeys(labels) if classes is None else classes)}
+    by_class: dict[Hashable, list[int]] = {label: [] for label in (labels if classes is None else classes)}
     for i, label in enumerate(labels):
-        if label not in found:
-            raise ValueError(f"the label {label!r} is none of the classes {', '.join(map(repr, found))}")
-        found[label].append(i)
-    for label, own in found.items():
-        if k > len(own):
-            raise ValueError(f"k = {k} examples a class, but class {label!r} has {len(own)} of them: take a smaller k")
-    chosen = [i for own in found.values() for i in rng.choice(own, k, replace=False).tolist()]
+        if label not in by_class:
+            raise ValueError(f"the label {label!r} is none of the classes {', '.join(map(repr, by_class))}")
+        by_class[label].append(i)
+    for label, indices in by_class.items():
+        if k > len(indices):
+            raise ValueError(
+                f"k = {k} examples a class, but class {label!r} has {len(indices)} of them: take a smaller k"
+            )
+    chosen = [i for indices in by_class.values() for i in rng.choice(indices, k, replace=False).tolist()]
     return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
@@ -166,18 +208,32 @@ def order_by_entropy(
     tried: int = 24,
     rng: np.random.RandomState | None = None,
 ) -> list[int]:
-    """The order of the examples under which a model is least inclined to a few labels (Lu et al. 2022).
+    """Find the order of the examples under which a model is least inclined to a few labels.
 
-    Of `tried` random orders, that with the largest entropy: of how often each label is predicted over the probes
-    ("global": −Σ pᵥ log pᵥ), or on average of the probabilities of each probe ("local"). No label of a probe is looked
-    at. https://arxiv.org/abs/2104.08786, equations 3 to 6.
+    Of `tried` random orders it is that of the largest entropy, by equations 3 to 6 of Lu et al. 2022
+    (https://arxiv.org/abs/2104.08786). Probes are inputs whose labels nobody needs to know.
 
     Args:
         count: how many examples there are.
-        predict: the probabilities of the labels for each probe, with the examples in a given order.
+        predict: takes the examples' indices in an order, and returns the probabilities of the labels for each probe
+            under a prompt that shows the examples in this order.
+        by: "global" takes the entropy −Σ pᵥ log pᵥ of the shares of probes for which each label v is the likeliest;
+            "local" the mean over probes of the entropy of their probabilities.
+        tried: how many orders.
+        rng: draws them; left out, `np.random`.
 
     Raises:
         ValueError: no examples or orders, or another `by`.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> import reftheads.fewshot as fs
+        >>> def predict(order):  # such as fs.score_labels(…).softmax(1)
+        ...     return torch.tensor([[0.5, 0.5]] if order[0] == 1 else [[0.9, 0.1]])
+        >>> fs.order_by_entropy(2, predict, by="local")
+        [1, 0]
+        ```
     """
     if count < 1 or tried < 1 or by not in ("global", "local"):
         raise ValueError(

@@ -19,26 +19,50 @@ RATINGS = ("terrible", "bad", "okay", "good", "great")
 
 
 class Example(NamedTuple):
-    """An input and its right answers, of which the first is shown in prompts and learnt."""
+    """Hold an input and its right answers, of which the first is shown in prompts and learnt.
+
+    Attributes:
+        input: a text.
+        answers: all that are right.
+
+    Example:
+        ```python
+        >>> import reftheads.fewshot as fs
+        >>> example = fs.Example("What is red?", ("a tomato", "tomatoes"))
+        >>> example.answer
+        'a tomato'
+        ```
+    """
 
     input: str
     answers: tuple[str, ...]
 
     @property
     def answer(self) -> str:
-        """The first of its answers."""
+        """Return the first of the answers."""
         return self.answers[0]
 
 
 @dataclass(frozen=True)
 class Task:
-    """Examples to draw supports from and to test on.
+    """Hold examples to learn from and to test on, and what else a task is.
 
     Attributes:
+        name: such as "qa".
+        train, test: examples to draw supports from, and to test on.
         format: of its prompts, see `icl_prompts`.
         labels: all answers that there are; `None`: answers are free text.
         max_tokens: an answer has at most so many.
-        score: of answers, with the answers of each example.
+        score: takes the predictions and the right answers of each example, and returns a number.
+
+    Example:
+        ```python
+        >>> import reftheads.fewshot as fs
+        >>> examples = [fs.Example("1 + 1 is", ("two",)), fs.Example("1 + 2 is", ("three",))]
+        >>> task = fs.Task("sums", examples[:1], examples[1:], "none", None, max_tokens=2, score=fs.exact_match)
+        >>> task.score(["Three."], [example.answers for example in task.test])
+        1.0
+        ```
     """
 
     name: str
@@ -51,19 +75,38 @@ class Task:
 
 
 def load_task(name: Literal["rating", "qa", "summary"], where: str) -> Task:
-    """A task from a folder, whose file names have the words "train" and "test", from one file, or from the Hub.
+    """Load a task from a folder, from one file, or from the Hub.
+
+    Of a folder, the files with the words "train" and "test" in their names are read. Of a single file the last tenth
+    is for testing. The tasks are:
 
     * `rating`: a review's rating in five words, `RATINGS`, by accuracy. A label from 0 to 4 and a text a line, as SST-5
       has them.
     * `qa`: a question about a short story, by exact match. bAbI's own form.
     * `summary`: one sentence, by ROUGE-1. A text, two bars and the sentence a line, as E2E has them.
 
-    Or JSON lines or CSV with the columns `input` and `answer`, which may be a list of right answers. Of a single file
-    the last tenth is for testing.
+    Instead of these forms, a file may have JSON lines or CSV with the columns `input` and `answer`, which may be a list
+    of right answers.
+
+    Args:
+        name: of the task.
+        where: a path, or the id of a data set on the Hub.
 
     Raises:
         ValueError: another name, a label outside of the set, no examples, a folder with several such files.
         FileNotFoundError: a folder without such files.
+
+    Example:
+        ```python
+        >>> import os, tempfile
+        >>> import reftheads.fewshot as fs
+        >>> path = os.path.join(tempfile.mkdtemp(), "reviews.txt")
+        >>> with open(path, "w") as file:
+        ...     print(*(f"{label} a film" for label in [0, 1, 2, 3, 4] * 2), sep="\\n", file=file)
+        >>> task = fs.load_task("rating", path)
+        >>> len(task.train), task.train[3], task.labels
+        (9, Example(input='a film', answers=('good',)), ('terrible', 'bad', 'okay', 'good', 'great'))
+        ```
     """
     if name not in ("rating", "qa", "summary"):
         raise ValueError(f"unknown task {name!r}: use rating, qa or summary")
@@ -79,11 +122,11 @@ def load_task(name: Literal["rating", "qa", "summary"], where: str) -> Task:
 
 
 def _first_answer_accuracy(predictions: Sequence[str], answers: Sequence[tuple[str, ...]]) -> float:
-    return accuracy(list(predictions), [some[0] for some in answers])
+    return accuracy(list(predictions), [of_example[0] for of_example in answers])
 
 
 def _rouge1(predictions: Sequence[str], answers: Sequence[tuple[str, ...]]) -> float:
-    return rouge(predictions, [some[0] for some in answers])["rouge1"]
+    return rouge(predictions, [of_example[0] for of_example in answers])["rouge1"]
 
 
 def _splits(name: str, where: str) -> dict[str, list[Example]]:
@@ -96,10 +139,10 @@ def _splits(name: str, where: str) -> dict[str, list[Example]]:
         return {"train": examples[:cut], "test": examples[cut:]}
     from datasets import load_dataset
 
-    found = load_dataset(where)
-    if not {"train", "test"} <= set(found):
-        raise ValueError(f"{where!r} has the splits {', '.join(map(str, found))}, and train and test are needed")
-    return {split: [_example(name, dict(row)) for row in found[split]] for split in ("train", "test")}  # type: ignore[arg-type]
+    dataset = load_dataset(where)
+    if not {"train", "test"} <= set(dataset):
+        raise ValueError(f"{where!r} has the splits {', '.join(map(str, dataset))}, and train and test are needed")
+    return {split: [_example(name, dict(row)) for row in dataset[split]] for split in ("train", "test")}  # type: ignore[arg-type]
 
 
 def _file(folder: Path, split: str) -> Path:
@@ -128,11 +171,14 @@ def _read(name: str, path: Path) -> list[Example]:
     if name == "qa":
         return list(_babi(lines))
     pairs = [_parts(line, "||") if name == "summary" else _parts(line, " ")[::-1] for line in lines]
-    return [_example(name, {"input": given, "answer": answer}) for given, answer in pairs]
+    return [_example(name, {"input": text, "answer": answer}) for text, answer in pairs]
 
 
 def _babi(lines: Sequence[str]) -> Iterator[Example]:
-    """Each question with the story up to it; a line is a number, a text and, of a question, a tab and the answer."""
+    """Yield each question with the story up to it.
+
+    A line is a number and a text; of a question, a tab and the answer follow.
+    """
     story: list[str] = []
     for line in lines:
         number, text = _parts(line, " ")
@@ -147,19 +193,19 @@ def _babi(lines: Sequence[str]) -> Iterator[Example]:
 
 
 def _parts(line: str, mark: str) -> tuple[str, str]:
-    first, found, second = line.partition(mark)
-    if not found:
+    first, middle, second = line.partition(mark)
+    if not middle:
         raise ValueError(f"the line {line!r} has no {mark!r} between two parts: see load_task for the forms it reads")
     return first, second
 
 
 def _example(name: str, row: Mapping[str, Any]) -> Example:
-    """From a row of any of the forms, or of the usual data sets of the Hub."""
-    given = next((row[column] for column in _INPUTS if column in row), None)
-    if given is not None and "question" in row:  # about a passage
-        given = f"{given} {row['question']}"
+    """Make an example of a row of any of the forms, or of the usual data sets of the Hub."""
+    text = next((row[column] for column in _INPUTS if column in row), None)
+    if text is not None and "question" in row:  # about a passage
+        text = f"{text} {row['question']}"
     answer = next((row[column] for column in _ANSWERS if column in row), None)
-    if given is None or answer is None or answer == []:
+    if text is None or answer is None or answer == []:
         raise ValueError(f"a row has no input or no answer under these names, but {dict(row)}")
     if name == "rating" and str(answer) not in RATINGS:
         if not str(answer).isdigit() or int(answer) >= len(RATINGS):
@@ -168,4 +214,4 @@ def _example(name: str, row: Mapping[str, Any]) -> Example:
             )
         answer = RATINGS[int(answer)]
     answers = answer if isinstance(answer, list) else [answer]
-    return Example(str(given).strip(), tuple(str(one).strip() for one in answers))
+    return Example(str(text).strip(), tuple(str(one).strip() for one in answers))

@@ -12,16 +12,27 @@ from reftheads.interventions.lora import LoRA
 
 
 class StopWhen(TrainerCallback):
-    """Stops training once a logged training metric is below or above a bound, such as `StopWhen("loss", below=0.1)`.
+    """Stop training once a logged training metric is below or above a bound.
 
     The Trainer logs every `logging_steps`; heads' losses are `loss_<name>`. For metrics of an evaluation there is
     transformers' `EarlyStoppingCallback`.
 
     Args:
+        metric: such as "loss".
+        below, above: the bound; give one of the two.
         patience: how many logs in a row must be beyond the bound.
 
     Raises:
         ValueError: no bound or two, or patience below 1; at the first log, a metric that is not logged.
+
+    Example:
+        ```python
+        >>> import reftheads.fewshot as fs
+        >>> from transformers import TrainerControl
+        >>> stop, control = fs.StopWhen("loss", below=0.1), TrainerControl()  # Trainer(…, callbacks=[stop]) does this
+        >>> [stop.on_log(None, None, control, {"loss": loss}).should_training_stop for loss in (0.5, 0.2, 0.05)]
+        [False, False, True]
+        ```
     """
 
     def __init__(self, metric: str, *, below: float | None = None, above: float | None = None, patience: int = 1):
@@ -46,10 +57,20 @@ class StopWhen(TrainerCallback):
 
 
 def lora_ratio(rank: int, inputs: int, outputs: int) -> float:
-    """Parameters of LoRA of rank r over those of its weight, r (d₁ + d₂) / (d₁ d₂).
+    """Return the number of parameters of LoRA of rank r over that of its weight, r (d₁ + d₂) / (d₁ d₂).
+
+    Args:
+        inputs, outputs: d₁ and d₂, the widths of the weight.
 
     Raises:
         ValueError: a number below 1.
+
+    Example:
+        ```python
+        >>> import reftheads.fewshot as fs
+        >>> f"{fs.lora_ratio(4, 1024, 1024):.2%}"
+        '0.78%'
+        ```
     """
     if min(rank, inputs, outputs) < 1:
         raise ValueError(f"rank and widths must be 1 or more, got {rank}, {inputs} and {outputs}")
@@ -57,7 +78,21 @@ def lora_ratio(rank: int, inputs: int, outputs: int) -> float:
 
 
 def lora_table(model: InterventionModel) -> Table:
-    """Of every module with LoRA: widths, rank, parameters, their ratio to the weight's, and what they take to store."""
+    """Make a table of what LoRA costs: a row for every node, with a total.
+
+    The columns are the widths, the rank, the number of parameters, their ratio to those of the weight beside them, and
+    the KiB that they take.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> import reftheads.fewshot as fs
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> table = fs.lora_table(fs.fine_tuning_model(base, "lora4:cs330"))
+        >>> [(column.header, list(column.cells)[-1]) for column in table.columns[4:]]
+        [('parameters', '69,120'), ('of the weight', '3.47%'), ('KiB', '270.0')]
+        ```
+    """
     table = Table("module", "inputs", "outputs", "rank", "parameters", "of the weight", "KiB")
     parameters = whole = stored = 0
     for planned in model.plan().nodes:
@@ -66,11 +101,11 @@ def lora_table(model: InterventionModel) -> Table:
             continue
         assert shape.input_width is not None
         tensors = list(model.node(str(planned.node.name)).parameters())
-        own, size = sum(p.numel() for p in tensors), sum(p.nbytes for p in tensors)
+        count, size = sum(p.numel() for p in tensors), sum(p.nbytes for p in tensors)
         ratio = lora_ratio(lora.rank, shape.input_width, shape.width)
         widths = map(str, (shape.input_width, shape.width, lora.rank))
-        table.add_row(planned.address.module, *widths, f"{own:,}", f"{ratio:.2%}", f"{size / 1024:,.1f}")
-        parameters, whole, stored = parameters + own, whole + shape.input_width * shape.width, stored + size
+        table.add_row(planned.address.module, *widths, f"{count:,}", f"{ratio:.2%}", f"{size / 1024:,.1f}")
+        parameters, whole, stored = parameters + count, whole + shape.input_width * shape.width, stored + size
     share = f"{parameters / whole:.2%}" if whole else ""
     table.add_row("total", "", "", "", f"{parameters:,}", share, f"{stored / 1024:,.1f}")
     return table

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from reftheads._utils.deprecation import reordered
 from reftheads.graph.intervention import Head, Intervention, Reader
 from reftheads.graph.node import Node
 from reftheads.graph.positions import Positions
@@ -53,10 +54,11 @@ class InterventionGraph:
         self._check_shared()
 
     @classmethod
+    @reordered("cls", "layers", "intervention", "positions", intervention=Intervention)
     def over(
         cls,
-        layers: Iterable[int],
         intervention: Intervention,
+        layers: Iterable[int],
         positions: Any = "all",
         *,
         tied: bool = True,
@@ -66,6 +68,7 @@ class InterventionGraph:
         """Make a graph of the same intervention at several layers, each with parameters of its own.
 
         Args:
+            intervention: what is done at each of them.
             layers: indices of blocks; negative ones count from the end.
             tied: one node per layer for all its positions; `False` makes one for each part of a sum, so
                 that `f7+l7` edits prefix and suffix by different weights.

@@ -293,13 +293,26 @@ class Constant:
         return f"Constant({'×'.join(map(str, self.value.shape)) or 'scalar'})"
 
 
-def read_dtype(name: str) -> torch.dtype:
-    """Return the floating-point type of torch with this name.
+def read_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return a floating-point type of torch, given itself or its name.
 
     Raises:
         ValueError: anything else.
     """
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must be the name of a torch float type such as 'float32' or 'bfloat16', got {name!r}")
-    return dtype
+    read = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(read, torch.dtype) or not read.is_floating_point:
+        raise ValueError(
+            "dtype must be the name of a torch float type such as 'float32' or 'bfloat16', or the type itself, "
+            f"got {dtype!r}"
+        )
+    return read
+
+
+def keep_name_of_dtype(intervention: Any) -> None:
+    """Put the name of its type in the place of an intervention's `dtype`, so that JSON can hold it.
+
+    Raises:
+        ValueError: a `dtype` that is no floating-point type of torch.
+    """
+    name = str(read_dtype(intervention.dtype)).removeprefix("torch.")
+    object.__setattr__(intervention, "dtype", name)

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from reftheads._utils.lazy import cached
 from reftheads.graph.selection import Selection
 from reftheads.graph.terms import SYNTAX, Term, capped
 from reftheads.graph.tokens import Tokens
@@ -65,7 +66,6 @@ class Positions:
     rule: Callable[[Tokens], Bool[Tensor, "batch chunk"]] | None = None
     _terms: tuple[Term, ...] = field(init=False, repr=False, default=())
     _part: str | None = field(init=False, repr=False, default=None)  # the one term that is meant
-    _ids: dict[torch.device, Int[Tensor, " ids"]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.token_ids is not None or self.rule is not None:
@@ -87,7 +87,7 @@ class Positions:
             return NotImplemented
         return (self.text, self.token_ids) == (other.text, other.token_ids) and self.rule is other.rule
 
-    @cached_property
+    @cached
     def _hash(self) -> int:
         return hash((self.text, self.token_ids, id(self.rule)))
 
@@ -143,22 +143,22 @@ class Positions:
         of = f" of {self.text}" if capped(self._terms) else ""
         return tuple(Positions(term.text + of) for term in self._terms)
 
-    @cached_property
+    @cached
     def in_prompt(self) -> bool:
         """Return whether only tokens of the prompt can be selected."""
         return bool(self._terms) and all(term.word in (None, "prompt") for term in self._terms)
 
-    @cached_property
+    @cached
     def begins_with_first(self) -> bool:
         """Return whether the first token of every prompt is selected, for certain."""
         return any(term.has_first_token for term in self._active)
 
-    @cached_property
+    @cached
     def needs_prompt(self) -> bool:
         """Return whether the rule means nothing until it is known where the prompt ends."""
         return any(term.word != "all" for term in self._terms)
 
-    @cached_property
+    @cached
     def bound(self) -> int | None:
         """Return the most tokens that can be selected in a row; `None` if there is no limit."""
         if not self._terms:
@@ -191,17 +191,11 @@ class Positions:
         if self.token_ids is not None:
             if tokens.input_ids is None:
                 raise ValueError(f"positions {self.text!r} look at token ids, but the model was given embeddings only")
-            wanted = torch.isin(tokens.input_ids, self._ids_on(tokens.input_ids.device))
+            wanted = torch.isin(tokens.input_ids, _on_device(self.token_ids, tokens.input_ids.device))
             return wanted if tokens.real is None else wanted & tokens.real
         half = capped(self._terms)
         masks = [term.mask(tokens, half) for term in self._active]
         return masks[0] if len(masks) == 1 else torch.stack(masks).any(0)
-
-    def _ids_on(self, device: torch.device) -> Int[Tensor, " ids"]:
-        """Return the token ids as a tensor that is sent to its device once, since sending waits for it."""
-        if device not in self._ids:
-            self._ids[device] = torch.tensor(self.token_ids, device=device)
-        return self._ids[device]
 
     def select(self, tokens: Tokens, few: int = 0) -> Selection | None:
         """Return the selection in this chunk; `None` when it is empty for every row without looking.
@@ -235,3 +229,10 @@ class Positions:
 def _read(text: str) -> Positions:
     """Return one object for all nodes with the same rule, so that it is read once."""
     return Positions(text)
+
+
+@lru_cache(maxsize=1024)
+@torch.inference_mode(False)  # what is kept may be needed for a backward pass
+def _on_device(ids: tuple[int, ...], device: torch.device) -> Int[Tensor, " ids"]:
+    """Return token ids as a tensor that is sent to its device once, since sending waits for it."""
+    return torch.tensor(ids, device=device)

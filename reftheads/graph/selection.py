@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from reftheads._utils.lazy import cached
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -28,7 +29,7 @@ class Selection:
     valid: Bool[Tensor, "batch slots"] | None = None
     _flat: dict[int, Int[Tensor, " all_slots"]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
-    @cached_property
+    @cached
     def _kept(self) -> Bool[Tensor, "batch slots 1"]:
         """Return which slots hold a selected token."""
         valid = self.mask if self.columns is None else self.valid

@@ -19,12 +19,24 @@ def reply(
     batch_size: int = 32,
     **generate: Any,
 ) -> list[str]:
-    """The model's answers, in order.
+    """Return the model's answers, in order.
 
     Args:
         conversations: each a list of messages that ends with the user's, or just what the user says.
             A tokenizer without chat template gets the text of the last message as it is.
+        batch_size: conversations that are answered at the same time.
         generate: goes to `model.generate`; left out, greedy and at most 64 new tokens.
+
+    Raises:
+        ValueError: a text instead of a list.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> rh.reply(base, tokenizer, ["Tell me about owls.", "Tell me about bread."], max_new_tokens=6)
+        ['Owls are birds that', 'Bread is baked from']
+        ```
     """
     generate = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": tokenizer.pad_token_id, **generate}
     if isinstance(conversations, str):
@@ -58,13 +70,25 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, conversation: str | Sequence[Mes
 
 
 def chat(model: Any, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, **generate: Any) -> None:
-    """A conversation in the terminal; an empty line ends it.
+    """Talk to a model in the terminal; an empty line ends the conversation.
 
     `/base` switches the intervention off and on again, `/new` forgets what was said.
 
     Args:
         system: a system message to begin with.
         generate: goes to `model.generate`, as in `reply`.
+
+    Example:
+        ```python
+        >>> from unittest.mock import patch
+        >>> import reftheads as rh
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> with patch("builtins.input", side_effect=["Tell me about owls.", ""]):  # what somebody types
+        ...     rh.chat(base, tokenizer, max_new_tokens=6)
+        An empty line ends the chat; ...
+        you model Owls are birds that
+        you
+        ```
     """
     console = Console()
     console.print(

@@ -29,17 +29,28 @@ def predict(
     *,
     batch_size: int = 64,
 ) -> dict[str, Float[Tensor, "rows outputs"] | list[Float[Tensor, "tokens outputs"]]]:
-    """The predictions of every head, in evaluation mode, on the CPU, in the order of the rows.
+    """Return the predictions of every head, by its name, on the CPU and in the order of the rows.
 
-    Rows of like length share a batch, and nothing is computed that no head looks at. A head that predicts one thing a
-    row gives a tensor, with NaN in rows in which it selects no token; one at several tokens gives a tensor for each
-    row.
+    The model is in evaluation mode for it. Rows of like length share a batch, and nothing is computed that no head
+    looks at. A head that makes one prediction per row gives a tensor, with NaN in rows in which it selects no token; a
+    head at several tokens gives a tensor for each row.
 
     Args:
         rows: as for training, without targets; what the model does not take is left alone. Or texts.
+        batch_size: rows per pass through the model.
 
     Raises:
         ValueError: no rows, a batch size below 1, or no head that acts.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> head = rh.Node(rh.LinearHead(3), layer=2, positions="l1", name="mood")
+        >>> model = rh.InterventionModel(base, rh.InterventionGraph(head))
+        >>> rh.predict(model, tokenizer, ["What a day!", "No."])["mood"].shape
+        torch.Size([2, 3])
+        ```
     """
     if not rows or batch_size < 1:
         raise ValueError(f"give at least one text, or row with its input_ids, got {len(rows)}, batch_size={batch_size}")
@@ -48,42 +59,42 @@ def predict(
         {name: value for name, value in (tokenizer(row) if isinstance(row, str) else row).items() if name in taken}
         for row in rows
     ]
-    found: dict[str, list[Tensor]] = {}
+    predictions: dict[str, list[Tensor]] = {}
     single: dict[str, bool] = {}
     with torch.no_grad(), evaluating(model), reusing_where_possible(model):
-        for some, batch in batches(encoded, tokenizer, batch_size, model.device, "predicting"):
+        for indices, batch in batches(encoded, tokenizer, batch_size, model.device, "predicting"):
             out = model(**batch)
             for name, value in (out.get("predictions") or {}).items():
                 single[name] = value.ndim == 2
-                per_row = found.setdefault(name, [torch.empty(0)] * len(rows))
-                for i, own, real in zip(some, value.cpu(), out.selected[name].cpu(), strict=True):
-                    per_row[i] = own.masked_fill(~real, float("nan")) if single[name] else own[real]
-    if not found:
+                per_row = predictions.setdefault(name, [torch.empty(0)] * len(rows))
+                for i, of_row, real in zip(indices, value.cpu(), out.selected[name].cpu(), strict=True):
+                    per_row[i] = of_row.masked_fill(~real, float("nan")) if single[name] else of_row[real]
+    if not predictions:
         raise ValueError(
             "no head acts: add a node such as rh.Node(rh.LinearHead(2), layer=-1), or switch its adapter on"
         )
-    return {name: torch.stack(per_row) if single[name] else per_row for name, per_row in found.items()}
+    return {name: torch.stack(per_row) if single[name] else per_row for name, per_row in predictions.items()}
 
 
 def batches(
     rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, size: int, device: torch.device, what: str
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Rows of like length together, the longest first, with their numbers; `what` names the progress bar."""
+    """Yield batches of rows of like length, the longest first, with their indices; `what` names the progress bar."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     collate = Collator(tokenizer)
     for start in tracked(range(0, len(order), size), what):
-        some = order[start : start + size]
-        yield some, {name: value.to(device) for name, value in collate([rows[i] for i in some]).items()}
+        indices = order[start : start + size]
+        yield indices, {name: value.to(device) for name, value in collate([rows[i] for i in indices]).items()}
 
 
 def tracked(steps: Sequence[Any], what: str) -> Iterable[Any]:
-    """The steps, with a progress bar where somebody looks on."""
+    """Return the steps, with a progress bar where somebody looks on."""
     console = Console(stderr=True)
     return track(steps, what, console=console, transient=True, disable=not console.is_terminal)
 
 
 def reusing_where_possible(model: InterventionModel, store: ActivationStore | None = None) -> AbstractContextManager:
-    """As `model.reusing`, and the plain path of a model in which nothing can be reused."""
+    """Enter `model.reusing`, or nothing for a model in which nothing can be reused."""
     try:
         return model.reusing(model.replay(store))
     except ValueError:  # a model with several stacks of blocks, which always runs as a whole

@@ -7,11 +7,9 @@ one layer whose rank is the sum of theirs, with every α/r folded into B.
 
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -24,8 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from reftheads.adapter.model import WEIGHTS, InterventionModel
-from reftheads.adapter.tuner import InterventionConfig
+from reftheads._utils.atomic import filling
+from reftheads._utils.deprecation import renamed
+from reftheads.adapter.config import InterventionConfig
+from reftheads.adapter.files import WEIGHTS
+from reftheads.adapter.model import InterventionModel
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.node import Node
 from reftheads.interventions.lora import LoRA
@@ -43,33 +44,42 @@ _OTHER_FORMULA = (
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
-def to_peft_lora(model: InterventionModel, directory: str | os.PathLike, adapter: str | None = None) -> None:
-    """Writes an adapter made of LoRA nodes as a LoRA checkpoint of PEFT.
+@renamed(adapter="adapter_name")
+def to_peft_lora(model: InterventionModel, directory: str | os.PathLike, adapter_name: str | None = None) -> None:
+    """Write an adapter made of LoRA nodes as a LoRA checkpoint of PEFT.
 
     `peft.PeftModel.from_pretrained(base, directory)` then computes what `model` does.
 
     Args:
         directory: gets `adapter_config.json` and `adapter_model.safetensors`.
-        adapter: which one; the (first) active one if left out.
+        adapter_name: which one; the (first) active one if left out.
 
     Raises:
         ValueError: a node that PEFT cannot express: another type than LoRA, positions other than
             `"all"`, or nodes of different dropout. Nothing is written then.
+
+    Example:
+        ```python
+        >>> import os, tempfile
+        >>> import reftheads as rh
+        >>> from reftheads.interop import to_peft_lora
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> model, directory = rh.InterventionModel(base, rh.preset("lora4", base)), tempfile.mkdtemp()
+        >>> to_peft_lora(model, directory)
+        >>> sorted(os.listdir(directory))
+        ['adapter_config.json', 'adapter_model.safetensors']
+        ```
     """
-    layers = _layers(model, adapter)
+    layers = _layers(model, adapter_name)
     dropouts = {layer.dropout for layer in layers.values()}
     if len(dropouts) > 1 or None in dropouts:
         raise ValueError("the LoRA nodes differ in dropout, and PEFT knows one for all: give them the same")
-    config = _config(model, layers, adapter)
+    config = _config(model, layers, adapter_name)
     config.lora_dropout = dropouts.pop() or 0.0
     config.inference_mode = True
-    target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export.", dir=target) as folder:
-        config.save_pretrained(folder)
-        save_file(_state_dict(layers), os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
-        for name in (WEIGHTS, "adapter_config.json"):
-            os.replace(os.path.join(folder, name), target / name)
+    with filling(directory, first=(WEIGHTS,)) as folder:
+        config.save_pretrained(str(folder))
+        save_file(_state_dict(layers), folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def from_peft_lora(
@@ -79,11 +89,12 @@ def from_peft_lora(
     is_trainable: bool = False,
     **hub: Any,
 ) -> InterventionModel:
-    """Loads a LoRA checkpoint of PEFT as a graph with a LoRA node at every module that it adapts.
+    """Load a LoRA checkpoint of PEFT as a graph with a LoRA node at every module that it adapts.
 
     Args:
         base: the model that it was trained on; the graph is compiled into it.
         model_id: a directory, or the id of a Hub repository.
+        adapter_name: under which the parameters are kept.
         is_trainable: whether to go on training it.
         hub: such as `revision` or `subfolder`.
 
@@ -91,13 +102,27 @@ def from_peft_lora(
         ValueError: a checkpoint that is no LoRA, is not in safetensors, is damaged, does not fit the model,
             or uses an option that changes LoRA's formula (DoRA, `modules_to_save`, PiSSA …). The base
             model is then as it was.
+
+    Example:
+        ```python
+        >>> import tempfile
+        >>> import reftheads as rh
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from reftheads.interop import from_peft_lora
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> lora, directory = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])), tempfile.mkdtemp()
+        >>> lora.save_pretrained(directory)
+        >>> model = from_peft_lora(lora.unload(), directory)
+        >>> len(model.plan().graph), model.node("lora_model_layers_0_self_attn_q_proj").A.shape
+        (6, torch.Size([4, 192]))
+        ```
     """
     config = PeftConfig.from_pretrained(os.fspath(model_id), **hub)
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{model_id} holds a {config.peft_type} adapter, not a LoRA: load it by peft")
     used = [name for name in _OTHER_FORMULA if getattr(config, name, None)]
     used += [f"bias={config.bias!r}"] if config.bias != "none" else []
-    used += [f"init_lora_weights={init!r}"] if (init := config.init_lora_weights) not in _PLAIN_INITS else []
+    used += [f"init_lora_weights={config.init_lora_weights!r}"] if config.init_lora_weights not in _PLAIN_INITS else []
     if used:
         raise ValueError(
             f"{model_id} uses {', '.join(used)}, for which a LoRA node has no counterpart: load it by peft"
@@ -128,39 +153,66 @@ def from_peft_lora(
     return model
 
 
-def merge_lora(model: InterventionModel, adapter: str | None = None) -> nn.Module:
-    """The base model with an adapter's LoRA nodes merged into its weights, through PEFT.
+@renamed(adapter="adapter_name")
+def merge_lora(model: InterventionModel, adapter_name: str | None = None) -> nn.Module:
+    """Return the base model with an adapter's LoRA nodes merged into its weights, through PEFT.
 
     The model itself is used up: all its adapters and hooks are gone from the base model.
 
     Args:
-        adapter: which one; the (first) active one if left out.
+        adapter_name: which one; the (first) active one if left out.
 
     Raises:
         ValueError: a node that cannot be merged, as in `to_peft_lora`, or weights that are not finite.
             The model is then as it was.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> from reftheads.interop import merge_lora
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> model = rh.InterventionModel(base, rh.preset("lora4", base))
+        >>> merged_base = merge_lora(model)  # has save_pretrained of its own
+        >>> merged_base is base, hasattr(base, "interventions")
+        (True, False)
+        ```
     """
-    layers = _layers(model, adapter)
+    layers = _layers(model, adapter_name)
     for path, layer in layers.items():
         if not (layer.a.isfinite().all() and layer.b.isfinite().all()):
             raise ValueError(f"the LoRA of {path!r} has weights that are not finite: it cannot be merged")
-    config = _config(model, layers, adapter)
+    config = _config(model, layers, adapter_name)
     lora = get_peft_model(model.tuner.unload(), config)  # type: ignore[arg-type]
     set_peft_model_state_dict(lora, _state_dict(layers))
     return lora.merge_and_unload()  # type: ignore[operator]
 
 
+@renamed(adapter="adapter_name")
 @contextmanager
-def merged(model: InterventionModel, adapter: str | None = None) -> Iterator[InterventionModel]:
-    """Within, an adapter's LoRA nodes are part of the base model's weights, so that they take no time.
+def merged(model: InterventionModel, adapter_name: str | None = None) -> Iterator[InterventionModel]:
+    """Make an adapter's LoRA nodes part of the base model's weights for a while, so that they take no time.
 
     W + α/r · B A is rounded once, from float64. Afterwards the weights are as they were, bit for bit.
+
+    Args:
+        adapter_name: which one; the (first) active one if left out.
 
     Raises:
         ValueError: a node that cannot be merged, as in `to_peft_lora`, several adapters that act, or a base model
             that is quantised.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> from reftheads.interop import merged
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> model = rh.InterventionModel(base, rh.preset("lora4", base))
+        >>> with merged(model):
+        ...     rh.reply(model, tokenizer, ["Tell me about owls."], max_new_tokens=6)
+        ['Owls are birds that']
+        ```
     """
-    layers = _layers(model, adapter)
+    layers = _layers(model, adapter_name)
     if len(model.tuner.active_adapters) > 1:
         raise ValueError(
             f"several adapters act, {', '.join(model.tuner.active_adapters)}: leave one by set_adapter(name)"
@@ -183,7 +235,7 @@ def merged(model: InterventionModel, adapter: str | None = None) -> Iterator[Int
 
 @dataclass(frozen=True)
 class _Layer:
-    """One LoRA layer of PEFT."""
+    """Hold what one LoRA layer of PEFT is."""
 
     a: Tensor  # [rank inputs]
     b: Tensor  # [outputs rank]
@@ -196,10 +248,14 @@ class _Layer:
         return self.a.shape[0]
 
 
-def _layers(model: InterventionModel, adapter: str | None) -> dict[str, _Layer]:
-    """By module path. Raises `ValueError` for a node that PEFT's LoRA cannot express."""
+def _layers(model: InterventionModel, adapter_name: str | None) -> dict[str, _Layer]:
+    """Return the layers by the paths of their modules.
+
+    Raises:
+        ValueError: a node that PEFT's LoRA cannot express.
+    """
     grouped: dict[str, list[PlannedNode]] = {}
-    for planned in model.plan(adapter).nodes:
+    for planned in model.plan(adapter_name).nodes:
         name, intervention, positions = planned.node.name, planned.node.intervention, planned.node.positions
         if not isinstance(intervention, LoRA):
             raise ValueError(
@@ -212,15 +268,15 @@ def _layers(model: InterventionModel, adapter: str | None) -> dict[str, _Layer]:
                 "positions='all' can be converted or merged"
             )
         grouped.setdefault(planned.address.module, []).append(planned)
-    return {path: _layer(model, adapter, path, nodes) for path, nodes in grouped.items()}
+    return {path: _layer(model, adapter_name, path, nodes) for path, nodes in grouped.items()}
 
 
-def _layer(model: InterventionModel, adapter: str | None, path: str, nodes: list[PlannedNode]) -> _Layer:
+def _layer(model: InterventionModel, adapter_name: str | None, path: str, nodes: list[PlannedNode]) -> _Layer:
     module = model.tuner.model.get_submodule(path)
     outputs = getattr(module, "nf" if isinstance(module, Conv1D) else "out_features")
     a, b, interventions = [], [], []
     for planned in nodes:
-        intervention, stored = planned.node.intervention, model.node(str(planned.node.name), adapter).stored()
+        intervention, stored = planned.node.intervention, model.node(str(planned.node.name), adapter_name).stored()
         assert isinstance(intervention, LoRA)
         rows = stored["B"].new_zeros(outputs, intervention.rank)
         rows[planned.address.index] = stored["B"].detach()
@@ -233,9 +289,9 @@ def _layer(model: InterventionModel, adapter: str | None, path: str, nodes: list
     return _Layer(torch.cat(a), torch.cat(b, dim=1), alpha, dropout, isinstance(module, Conv1D))
 
 
-def _config(model: InterventionModel, layers: dict[str, _Layer], adapter: str | None) -> LoraConfig:
+def _config(model: InterventionModel, layers: dict[str, _Layer], adapter_name: str | None) -> LoraConfig:
     first = next(iter(layers.values()))
-    ours = model.peft_config[adapter or model.tuner.active_adapters[0]]
+    ours = model.peft_config[adapter_name or model.tuner.active_adapters[0]]
     return LoraConfig(
         r=first.rank,
         lora_alpha=first.alpha,  # type: ignore[arg-type]
@@ -255,7 +311,11 @@ def _state_dict(layers: dict[str, _Layer]) -> dict[str, Tensor]:
 
 
 def _read(model_id: str, subfolder: str | None = None, **hub: Any) -> dict[str, dict[str, Tensor]]:
-    """`{module: {"A": …, "B": …}}` of a checkpoint; raises `ValueError` for anything else in it."""
+    """Read a checkpoint as `{module: {"A": …, "B": …}}`.
+
+    Raises:
+        ValueError: anything else in it.
+    """
     if os.path.isdir(model_id):
         file = os.path.join(model_id, subfolder or "", WEIGHTS)
         if not os.path.exists(file):
@@ -266,15 +326,15 @@ def _read(model_id: str, subfolder: str | None = None, **hub: Any) -> dict[str, 
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated or damaged ({error}): save or copy it again") from error
-    found: dict[str, dict[str, Tensor]] = {}
+    pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
             raise ValueError(f"{file} holds {key!r}, for which a LoRA node has no counterpart: load it by peft")
-        found.setdefault(match["module"], {})[match["letter"]] = tensor
-    for module, pair in found.items():
+        pairs.setdefault(match["module"], {})[match["letter"]] = tensor
+    for module, pair in pairs.items():
         if pair.keys() != {"A", "B"}:
             raise ValueError(f"{file} holds only one of the two factors of {module!r}: it is damaged, copy it again")
-    if not found:
+    if not pairs:
         raise ValueError(f"{file} holds no weights")
-    return found
+    return pairs

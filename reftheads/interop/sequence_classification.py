@@ -37,7 +37,7 @@ _PROBLEM = {
 
 
 def to_sequence_classification(model: InterventionModel, name: str) -> PreTrainedModel:
-    """A new model of the class that `AutoModelForSequenceClassification` has for the base, with equal logits.
+    """Make a model of the class that `AutoModelForSequenceClassification` has for the base, with a head's logits.
 
     Its `save_pretrained(folder)` writes a standard checkpoint. LoRA nodes are merged into its weights, other heads
     are left out, and `model` stays as it is. Which head an architecture takes:
@@ -58,6 +58,18 @@ def to_sequence_classification(model: InterventionModel, name: str) -> PreTraine
         KeyError: no node of that name.
         ValueError: a base model that has no such class, is an encoder-decoder, is quantised or has no
             `pad_token_id`; a head or an edit that the class cannot express. The message says which head it takes.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> from reftheads.interop import to_sequence_classification
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> head = rh.LinearHead(2, bias=False)
+        >>> node = rh.Node(head, component="final_norm_output", positions="l1", name="mood")
+        >>> classifier = to_sequence_classification(rh.InterventionModel(base, rh.InterventionGraph(node)), "mood")
+        >>> type(classifier).__name__, classifier.config.num_labels
+        ('LlamaForSequenceClassification', 2)
+        ```
     """
     planned, maps = head_maps(model, name)
     head = planned.node.intervention
@@ -74,11 +86,11 @@ def to_sequence_classification(model: InterventionModel, name: str) -> PreTraine
     _fill_body(classifier, base, slots)
     _fill_maps(slots, maps)
     _merge_lora(classifier, model, base)
-    expected, given = _compared(classifier, model, name, head, base)
+    expected, logits = _compared(classifier, model, name, head, base)
     what = f"head {name!r}, {head} at {planned.node.site} on {planned.node.positions},"
-    if expected.shape != given.shape:
+    if expected.shape != logits.shape:
         raise ValueError(f"{what} predicts at several tokens of a row: {takes}")
-    difference = float((given - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    difference = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
     if not difference <= max(torch.finfo(dtype).eps for dtype in (base.dtype, expected.dtype)) ** 0.5:
         raise ValueError(f"{what} gives other logits, by {difference:.2g} of the largest: {takes}")
     return classifier.requires_grad_(True)
@@ -153,7 +165,7 @@ def _chain(maps: list[nn.Linear]) -> str:
 
 
 def _takes(base: nn.Module, classifier: nn.Module, slots: list[nn.Linear]) -> str:
-    """Which head the architecture takes, as far as its structure says."""
+    """Say which head the architecture takes, as far as its structure tells."""
     stack, kind = stacks(base)[0], type(classifier).__name__
     if not slots:
         return f"{kind} has no linear maps behind its last block"
@@ -173,8 +185,8 @@ def _takes(base: nn.Module, classifier: nn.Module, slots: list[nn.Linear]) -> st
 
 def _fill_body(classifier: Any, base: Any, slots: list[nn.Linear]) -> None:
     body = base.base_model.state_dict()
-    own = {key: tensor for key, tensor in body.items() if not key.startswith(f"{CHILD}.")}
-    missing = classifier.base_model.load_state_dict(own, strict=False).missing_keys
+    weights = {key: tensor for key, tensor in body.items() if not key.startswith(f"{CHILD}.")}
+    missing = classifier.base_model.load_state_dict(weights, strict=False).missing_keys
     filled = {id(parameter) for slot in slots for parameter in slot.parameters()}
     places = classifier.base_model.state_dict(keep_vars=True)
     lost = [key for key in missing if id(places[key]) not in filled]
@@ -205,7 +217,7 @@ def _merge_lora(classifier: Any, model: InterventionModel, base: Any) -> None:
 def _compared(
     classifier: Any, model: InterventionModel, name: str, head: MappingHead, base: Any
 ) -> tuple[Tensor, Tensor]:
-    """The predictions of head and classifier on a padded batch."""
+    """Return the predictions of head and classifier on a padded batch."""
     ids, mask = _batch(base)
     with torch.no_grad(), evaluating(model):
         expected = model(input_ids=ids, attention_mask=mask).predictions[name]
@@ -213,7 +225,7 @@ def _compared(
 
 
 def _batch(base: Any) -> tuple[Tensor, Tensor]:
-    """Three rows of 8, 5 and 1 tokens, padded at the right: [3 8], [3 8]."""
+    """Draw three rows of 8, 5 and 1 tokens, padded at the right: ids and mask, [3 8] each."""
     pad = base.config.get_text_config().pad_token_id
     words = torch.arange(base.get_input_embeddings().num_embeddings)
     words = words[words != pad]

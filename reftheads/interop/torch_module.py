@@ -13,6 +13,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from reftheads._utils.atomic import replacing
+from reftheads._utils.deprecation import renamed
 from reftheads.adapter.model import InterventionModel
 from reftheads.interventions.heads import MappingHead, MLPHead
 from reftheads.runtime.plan import PlannedNode
@@ -29,21 +30,35 @@ _TORCH = {
 }  # fmt: skip
 
 
-def export_head(model: InterventionModel, name: str, folder: str | os.PathLike | None = None) -> nn.Module:
-    """A copy of a head as a module that needs torch alone: hidden states [… width] ↦ predictions [… outputs].
+@renamed(folder="directory")
+def export_head(model: InterventionModel, name: str, directory: str | os.PathLike | None = None) -> nn.Module:
+    """Copy a head as a module that needs torch alone: hidden states [… width] ↦ predictions [… outputs].
 
     It is an `nn.Linear`, or an `nn.Sequential` of linear maps and activations, the head's own `activation` last. It
     takes what the site gives at the selected tokens, in the head's dtype, and with `pool="mean"` their mean.
 
     Args:
         name: of the head, in the (first) active adapter.
-        folder: gets `head.safetensors`, the state of the module, and `head.json`: its widths and activations, where
+        directory: gets `head.safetensors`, the state of the module, and `head.json`: its widths and activations, where
             in the model and on which tokens it reads, its target and loss.
 
     Raises:
         KeyError: no node of that name.
         ValueError: a node that is no linear or MLP head, `pool="attention"`, or an activation that torch has no
-            module for; with `folder`, positions given by a function, which no file can hold.
+            module for; with `directory`, positions given by a function, which no file can hold.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> head = rh.Node(rh.MLPHead(3, hidden=16, act_fn="gelu"), layer=2, positions="l1", name="mood")
+        >>> rh.export_head(rh.InterventionModel(base, rh.InterventionGraph(head)), "mood")
+        Sequential(
+          (0): Linear(in_features=192, out_features=16, bias=True)
+          (1): GELU(approximate='none')
+          (2): Linear(in_features=16, out_features=3, bias=True)
+        )
+        ```
     """
     planned, maps = head_maps(model, name)
     head = planned.node.intervention
@@ -57,16 +72,16 @@ def export_head(model: InterventionModel, name: str, folder: str | os.PathLike |
     if head.activation is not None:
         modules.append(_activation(head.activation))
     module = modules[0] if len(modules) == 1 else nn.Sequential(*modules)
-    if folder is not None:
+    if directory is not None:
         description = json.dumps(_describe(model, planned, maps), indent=2) + "\n"
-        with replacing(Path(folder, DESCRIPTION)) as said, replacing(Path(folder, WEIGHTS)) as weights:
+        with replacing(Path(directory, DESCRIPTION)) as said, replacing(Path(directory, WEIGHTS)) as weights:
             save_file({name: tensor.cpu() for name, tensor in module.state_dict().items()}, weights)
             said.write_text(description, encoding="utf-8")
     return module
 
 
 def head_maps(model: InterventionModel, name: str) -> tuple[PlannedNode, list[nn.Linear]]:
-    """A head's place in the model, and copies of its linear maps in the order in which they act.
+    """Return a head's place in the model, and copies of its linear maps in the order in which they act.
 
     Raises:
         KeyError: no node of that name.

@@ -27,7 +27,7 @@ from reftheads.interventions.heads import LinearHead, MappingHead, MLPHead
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """One head, by the fields of transformer-heads and with its defaults.
+    """Describe one head by the fields of transformer-heads, with its defaults.
 
     Args:
         name: of the head in outputs, and of its node.
@@ -35,7 +35,7 @@ class HeadConfig:
         num_outputs: numbers that it predicts; `None` is 1.
         layer_hook: index into the L + 1 hidden states of a model of L blocks: 0 is what enters the first block, i
             what leaves block i - 1, and L what leaves the final norm. Negative ones count from the end: -1 is
-            behind the final norm, -2 the output of the last block but one.
+            after the final norm, -2 the output of the last block but one.
         hidden_size: width of the hidden layers of an MLP.
         num_layers: linear maps with ReLU between them; 1 is a linear head.
         output_activation: of the prediction; "linear" is none.
@@ -52,6 +52,13 @@ class HeadConfig:
 
     Raises:
         ValueError: a field that transformer-heads does not have, or a head that is to be of two kinds.
+
+    Example:
+        ```python
+        >>> from reftheads.interop import HeadConfig
+        >>> HeadConfig(name="mood", in_size=192, num_outputs=2, pred_for_sequence=True).target
+        'mood'
+        ```
     """
 
     name: str
@@ -92,18 +99,30 @@ class HeadConfig:
 
 
 def graph_of(configs: Iterable[HeadConfig | Mapping[str, Any]], base: nn.Module) -> InterventionGraph:
-    """The graph of these heads: a node for each, under its name.
+    """Make a graph of these heads: a node for each, under its name.
 
-    Heads predict as there, but for two things that are mistakes there: lengths come from `attention_mask`
-    instead of the first pad token, and a head that predicts at every token counts the last one of a row too.
+    Heads predict as they do in transformer-heads, but for two mistakes of that library: here lengths come from the
+    `attention_mask` instead of the first pad token, and for a head that predicts at every token the last one of a row
+    counts too.
 
     Args:
-        configs: or their fields as mappings, such as the values of a `head_configs.json`.
+        configs: of the heads; or their fields as mappings, such as the values of a `head_configs.json`.
         base: the model that they are for.
 
     Raises:
         ValueError: a head that the model has no place for, that is computed from something else here, or that
             has options which do not go together; it names the head.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> from reftheads.interop import HeadConfig, graph_of
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> config = HeadConfig(name="mood", in_size=192, num_outputs=2, layer_hook=-2, pred_for_sequence=True)
+        >>> print(graph_of([config], base))
+        node  what                                             where            positions
+        mood  LinearHead(outputs=2, target='mood', bias=False)  block_output[4]  l1
+        ```
     """
     nodes = []
     for config in configs:
@@ -138,7 +157,7 @@ def _node(config: HeadConfig, base: nn.Module) -> Node:
 
 
 def _site(hook: int, base: nn.Module) -> Site:
-    """Where an entry of a model's `hidden_states` is computed."""
+    """Return the site at which an entry of a model's `hidden_states` is computed."""
     stack = _only_stack(base)
     count = len(stack.blocks)
     if not -count - 1 <= hook <= count:
@@ -155,13 +174,13 @@ def _site(hook: int, base: nn.Module) -> Site:
 
 
 def _only_stack(base: nn.Module) -> StackInfo:
-    found = stacks(base)
-    if len(found) != 1:
+    in_stacks = stacks(base)
+    if len(in_stacks) != 1:
         raise ValueError(
-            f"this {type(base).__name__} has {len(found)} stacks of blocks, and layer_hook does not say which is "
+            f"this {type(base).__name__} has {len(in_stacks)} stacks of blocks, and layer_hook does not say which is "
             "meant: write a Node with LinearHead or MLPHead and its place"
         )
-    return found[0]
+    return in_stacks[0]
 
 
 def _head(config: HeadConfig) -> MappingHead:
@@ -190,7 +209,7 @@ def _head(config: HeadConfig) -> MappingHead:
 
 
 def _loss(config: HeadConfig, outputs: int) -> str:
-    """Our name of the loss, which here gets what its formula needs, before or behind the activation."""
+    """Return our name of the loss, which here gets what its formula needs, before or after the activation."""
     name, activation = config.loss_fct, config.output_activation
     if name is None:
         return "cross_entropy"  # without a target it is never computed

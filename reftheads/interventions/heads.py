@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from reftheads.graph.intervention import IGNORE, Context, Head, Params, Shape, read_dtype
+from reftheads.graph.intervention import IGNORE, Context, Head, Params, Shape, keep_name_of_dtype, read_dtype
 from reftheads.interventions.losses import Loss, losses, masked_mean, quantile_loss
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class MappingHead(Head):
             a parameter. The total gets l e⁻ˢ + s/2, with l/2 for l where the targets are numbers (Kendall, Gal and
             Cipolla 2018, https://arxiv.org/abs/1705.07115, equation 10), and nothing from a batch without targets.
         bias: whether there is a b.
-        dtype: of the parameters and of the computation.
+        dtype: of the parameters and of the computation, such as `torch.bfloat16` or its name; the name is kept.
         activation: "sigmoid", "softmax", "tanh" or another activation of transformers: of the prediction that users
             see. `mse`, `mae`, `huber`, `quantile` and losses of one's own compare what it gives; the others, and a
             node with this one as `source`, get what comes before it.
@@ -81,7 +81,7 @@ class MappingHead(Head):
     detach: bool = False
     weight: float | Literal["uncertainty"] = 1.0
     bias: bool = True
-    dtype: str = "float32"
+    dtype: str | torch.dtype = "float32"
     activation: str | None = None
     pool: Literal["mean", "attention"] | None = None
     ignore_index: int = IGNORE
@@ -119,7 +119,7 @@ class MappingHead(Head):
             self._check_each("quantiles", self.quantiles, "quantile", 0, 1)
         if self.lr is not None and not (isinstance(self.lr, int | float) and self.lr >= 0):
             raise ValueError(f"lr must be a learning rate of 0 or more, or None for the trainer's own, got {self.lr!r}")
-        read_dtype(self.dtype)
+        keep_name_of_dtype(self)
 
     def _check_each(self, option: str, values: tuple[float, ...], loss: str, low: float, high: float) -> None:
         """Raise `ValueError` for an option of another loss, or whose values are not one number per output."""

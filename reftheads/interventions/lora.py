@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reftheads.graph.intervention import Context, Edit, Params, Shape, read_dtype
+from reftheads.graph.intervention import Context, Edit, Params, Shape, keep_name_of_dtype, read_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -26,7 +26,7 @@ class LoRA(Edit):
         rank: r, rows of A [r input_width] and columns of B [width r].
         alpha: α; the same as the rank if left out.
         dropout: probability, on x in training mode.
-        dtype: of the parameters and of the computation.
+        dtype: of the parameters and of the computation, such as `torch.bfloat16` or its name; the name is kept.
 
     Raises:
         ValueError: a rank below 1 or, at compile time, over a width; an unfit dropout or dtype.
@@ -44,7 +44,7 @@ class LoRA(Edit):
     rank: int
     alpha: float | None = None
     dropout: float = 0.0
-    dtype: str = "float32"
+    dtype: str | torch.dtype = "float32"
     needs_linear = True
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class LoRA(Edit):
             raise ValueError(f"rank of LoRA must be a positive integer, got {self.rank!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
-        read_dtype(self.dtype)
+        keep_name_of_dtype(self)
 
     @property
     def scaling(self) -> float:

@@ -7,7 +7,6 @@ https://arxiv.org/abs/2402.15179.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from reftheads.graph.intervention import Context, Edit, Params, Shape, read_dtype
+from reftheads._utils.lazy import cached
+from reftheads.graph.intervention import Context, Edit, Params, Shape, keep_name_of_dtype, read_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -47,7 +47,7 @@ class LowRank(Edit):
         act_fn: name of an activation of transformers, applied to Wh + b.
         dropout: probability, on the edited hidden states in training mode, where pyreft has it.
         bias: whether Wh has a bias b.
-        dtype: of the parameters and of the computation.
+        dtype: of the parameters and of the computation, such as `torch.bfloat16` or its name; the name is kept.
         init: "orthogonal" starts at random as pyreft does, "identity" at an edit that changes nothing.
 
     Raises:
@@ -69,7 +69,7 @@ class LowRank(Edit):
     act_fn: str | None = None
     dropout: float = 0.0
     bias: bool = True
-    dtype: str = "float32"
+    dtype: str | torch.dtype = "float32"
     init: Literal["orthogonal", "identity"] = "orthogonal"
 
     orthonormal: ClassVar[bool] = True
@@ -90,13 +90,13 @@ class LowRank(Edit):
             raise ValueError(f"{kind} has the constant b alone as its source: leave act_fn and bias out")
         if self.init == "identity" and self.subtracts and (not self.reads or self.act_fn is not None):
             raise ValueError(f"{kind} with act_fn={self.act_fn!r} is never the identity: use init='orthogonal'")
-        read_dtype(self.dtype)
+        keep_name_of_dtype(self)
 
     @property
     def letters(self) -> dict[str, str]:  # type: ignore[override]
         return {"R": "M"} if self.orthonormal else {}
 
-    @cached_property
+    @cached
     def derives_from(self) -> tuple[str, ...]:  # type: ignore[override]
         return (("M", "W") if self._one_product else ("M",)) if self.orthonormal else ()
 
@@ -106,7 +106,7 @@ class LowRank(Edit):
         r = orthonormalise(p["M"])
         return {"R": r, "D": p["W"] - r.to(p["W"].dtype)} if self._one_product else {"R": r}
 
-    @cached_property
+    @cached
     def _one_product(self) -> bool:
         """Return whether Wh − Rh can be had as Dh with D = W − R."""
         return self.reads and self.subtracts and self.act_fn is None
@@ -268,7 +268,7 @@ class ScaleAndBias(Edit):
     """Edit by scale and bias (RED): h ↦ s ⊙ h + b, starting at the identity (s = 1, b = 0).
 
     Args:
-        dtype: of the parameters and of the computation.
+        dtype: of the parameters and of the computation, such as `torch.bfloat16` or its name; the name is kept.
 
     Example:
         ```python
@@ -280,7 +280,10 @@ class ScaleAndBias(Edit):
         ```
     """
 
-    dtype: str = "float32"
+    dtype: str | torch.dtype = "float32"
+
+    def __post_init__(self) -> None:
+        keep_name_of_dtype(self)
 
     def parameters(self, shape: Shape) -> dict[str, Tensor]:
         dtype = read_dtype(self.dtype)

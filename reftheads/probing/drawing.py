@@ -11,16 +11,18 @@ from reftheads.probing.estimates import Probe
 
 
 def series(probes: Iterator[Probe]) -> dict[str, list[Probe]]:
+    """Group probes into the lines of a plot, by component and, if there are several, by target."""
     every = list(probes)
     targets = {probe.target for probe in every}
-    found: dict[str, list[Probe]] = {}
+    lines: dict[str, list[Probe]] = {}
     for probe in every:
         label = probe.component if len(targets) == 1 else f"{probe.component}, {probe.target}"
-        found.setdefault(label, []).append(probe)
-    return found
+        lines.setdefault(label, []).append(probe)
+    return lines
 
 
 def draw_lines(axis: Any, lines: Mapping[str, list[Probe]]) -> None:
+    """Draw score by layer; embeddings stand before the first block, the final norm after the last."""
     deepest = max((p.layer for probes in lines.values() for p in probes if p.layer is not None), default=0)
     ends = {"embedding_output": -1, "final_norm_output": deepest + 1}
     for label, probes in lines.items():
@@ -49,6 +51,7 @@ def _depth(probe: Probe, ends: Mapping[str, int]) -> int:
 
 
 def draw_squares(axis: Any, probes: Sequence[Probe]) -> Any:
+    """Draw the scores of attention heads, layers upwards and heads to the right."""
     layers = sorted({probe.layer or 0 for probe in probes})
     heads = sorted({probe.head or 0 for probe in probes})
     picture = np.full((len(layers), len(heads)), np.nan)

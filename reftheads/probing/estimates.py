@@ -1,4 +1,4 @@
-"""What was found of one probe: figures over seeds."""
+"""What was measured of one probe: figures over seeds."""
 
 from __future__ import annotations
 
@@ -11,22 +11,32 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure that was measured from several seeds.
+    """Hold a figure that was measured with several seeds.
 
     Attributes:
-        values: one a seed.
+        values: one per seed.
+
+    Example:
+        ```python
+        >>> from reftheads.probing import Estimate
+        >>> accuracy = Estimate((0.8, 0.9, 0.85))
+        >>> print(accuracy)
+        0.850 ± 0.124
+        >>> print(accuracy.minus(Estimate((0.5, 0.6, 0.55))))
+        0.300 ± 0.000
+        ```
     """
 
     values: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """Return the mean over the seeds."""
         return sum(self.values) / len(self.values)
 
     @property
     def interval(self) -> float | None:
-        """Half the width of the 95 % confidence interval of the mean, by Student's t; `None` for one seed."""
+        """Return half the width of the 95 % confidence interval of the mean, by Student's t; `None` for one seed."""
         n = len(self.values)
         if n < 2:
             return None
@@ -35,11 +45,11 @@ class Estimate:
         return float(t.ppf(0.975, n - 1)) * float(np.std(self.values, ddof=1)) / math.sqrt(n)
 
     def minus(self, other: Estimate) -> Estimate:
-        """The difference, seed by seed."""
+        """Return the difference, seed by seed."""
         return Estimate(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
         return {"mean": self.mean, "interval": self.interval, "values": list(self.values)}
 
     def __str__(self) -> str:
@@ -48,7 +58,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Probe:
-    """What was found of one head.
+    """Hold what was measured of one head.
 
     Attributes:
         name: of its node.
@@ -60,6 +70,16 @@ class Probe:
         control: the same figure for the control task; `None` without one.
         second: another metric of the same predictions: "macro_f1" (the mean over classes of F1) or "pearson".
         epochs: until the weights that were kept; 0 for a closed form.
+
+    Example:
+        ```python
+        >>> from reftheads.probing import Estimate, Probe
+        >>> site = ("block_output[2]", "block_output", 2, None)
+        >>> score, control, epochs = Estimate((0.9, 0.8)), Estimate((0.6, 0.5)), Estimate((7.0, 9.0))
+        >>> probe = Probe("p", *site, "mood", "accuracy", score, control, {}, epochs)
+        >>> print(probe.selectivity)
+        0.300 ± 0.000
+        ```
     """
 
     name: str
@@ -76,11 +96,11 @@ class Probe:
 
     @property
     def selectivity(self) -> Estimate | None:
-        """Score minus that of the control task (Hewitt and Liang 2019), seed by seed."""
+        """Return the score minus that of the control task (Hewitt and Liang 2019), seed by seed."""
         return None if self.control is None else self.score.minus(self.control)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "second"}
         values |= {"selectivity": self.selectivity, **self.second}
         return {name: v.to_dict() if isinstance(v, Estimate) else v for name, v in values.items()}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from reftheads._utils.deprecation import reordered
 from reftheads.adapter.model import InterventionModel
 from reftheads.inference.prediction import tracked
 from reftheads.interventions.heads import LinearHead, MappingHead
@@ -22,10 +23,11 @@ from reftheads.reuse.store import ActivationStore
 from reftheads.runtime.plan import PlannedNode
 
 
+@reordered("model", "rows", "tokenizer", tokenizer=PreTrainedTokenizerBase)
 def fit_probes(
     model: InterventionModel,
-    rows: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
     *,
     eval_rows: Sequence[Mapping[str, Any]] | None = None,
     held_out: float = 0.2,
@@ -42,25 +44,25 @@ def fit_probes(
     recording_batch_size: int = 64,
     store: ActivationStore | None = None,
 ) -> Probes:
-    """Trains the heads of a graph as probes, all in one pass, and judges them on rows held out.
+    """Train the heads of a graph as probes, all in one pass, and judge them on rows held out.
 
     The model runs once over all rows, no further than to the deepest head. Edits of the graph act as they are; they and
     the base model are not trained. Every head with a target gets inputs of mean 0 and deviation 1, feature by feature
-    over all rows, which its weights undo in the end; without bias it gets inputs that are scaled alone. Heads with the
-    same options on inputs of one width are trained in the same steps: each comes out as if it had been
-    trained alone.
+    over all rows, which its weights undo in the end; a head without bias gets inputs that are only scaled. Heads with
+    the same options on inputs of one width are trained in the same steps: each comes out as if it had been trained
+    alone.
 
-    A seed draws which rows are held out, the first weights and the control task. The weights of the first seed, where
-    they did best in validation, end up in the model.
+    A seed draws which rows are held out, the first weights and the control task. The weights of the first seed, from
+    the epoch in which they did best in validation, end up in the model.
 
     Args:
         model: its graph has a `LinearHead` or `MLPHead` at each site to be probed.
         rows: `input_ids` and the heads' targets; what the model does not take is left alone.
-        eval_rows: are judged instead of a part of `rows`.
-        held_out: which part of the rows to judge; classes in their shares.
-        validation: which part of the other rows decides how many epochs are best.
-        control: a column; every *type*, a value in it, gets a random target, drawn as often as it occurs. How well
-            these are predicted says what a probe can memorise (Hewitt and Liang 2019,
+        eval_rows: rows to judge by, instead of a part of `rows`.
+        held_out: the part of the rows to judge by; classes have their shares in it.
+        validation: the part of the other rows that decides how many epochs are best.
+        control: a column; every *type*, a value in it, gets a random target, each target as often as it occurs. How
+            well these are predicted says what a probe can memorise (Hewitt and Liang 2019,
             https://arxiv.org/abs/1909.03368). "input_ids" is for targets of tokens: the type is the token.
         seeds: several give confidence intervals. A closed form with `eval_rows` leaves them the control task alone to
             draw: its scores have an interval of 0.
@@ -70,10 +72,10 @@ def fit_probes(
         weight_decay: as AdamW has it, of all weights.
         epochs: at most.
         patience: after how many epochs without a lower loss in validation a probe stops.
-        batch_size: items a step, of which each seed takes its own; an item is a row, or a token.
+        batch_size: items per step, of which each seed takes its own; an item is a row, or a token.
         strength: λ of the closed forms, which minimise the mean loss + λ/2 |W|²; the mean loss of `mse` is that of
             (z − y)².
-        recording_batch_size: rows of a pass through the model.
+        recording_batch_size: rows per pass through the model.
         store: keeps the base model's activations for further calls, in which other heads read the same sites.
 
     Raises:
@@ -81,6 +83,19 @@ def fit_probes(
             cannot be, options that do not go together, or activations that would take more than half of the free
             memory.
         FloatingPointError: a loss that is not finite.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> words = {"dogs": 1, "cats": 1, "owls": 1, "bears": 1, "bread": 0, "soup": 0, "pizza": 0, "rice": 0}
+        >>> rows = [{**tokenizer(f"Tell me about {word}."), "animal": animal} for word, animal in words.items()]
+        >>> node = rh.Node(rh.LinearHead(2, target="animal"), layer=2, positions="l1", name="animal")
+        >>> model = rh.InterventionModel(base, rh.InterventionGraph(node))
+        >>> probes = rh.fit_probes(model, tokenizer, rows, eval_rows=rows, method="closed", seeds=(0,))
+        >>> probes["animal"].metric, probes["animal"].score.mean
+        ('accuracy', 1.0)
+        ```
     """
     planned = heads_of(model, method)
     _check(rows, eval_rows, held_out, validation, seeds, method, epochs)
@@ -91,9 +106,9 @@ def fit_probes(
     validation = 0.0 if method == "closed" else validation
     parts = parts_of(planned, columns, len(rows), len(eval_rows or ()), held_out, validation, seeds)
     began = time.perf_counter()
-    seen = record(model, planned, every, columns, tokenizer, recording_batch_size, store)
-    recorded = time.perf_counter()
-    stacks = list(stacks_of(seen, columns, every, control, seeds, batch_size))
+    recorded = record(model, planned, every, columns, tokenizer, recording_batch_size, store)
+    recording = time.perf_counter() - began
+    stacks = list(stacks_of(recorded, columns, every, control, seeds, batch_size))
     probes: dict[str, Probe] = {}
     trained: dict[str, Weights] = {}
     for stack in tracked(stacks, "training probes"):
@@ -108,15 +123,19 @@ def fit_probes(
             weights, kept = descend(stack, part, seeds, lr, weight_decay, epochs, patience, batch_size)
         probes |= judge(stack, part, weights, kept)
         trained |= stack.first(weights)
-    for name, own in trained.items():
-        model.node(name).assign(**own)
+    for name, weights in trained.items():
+        model.node(name).assign(**weights)
     order = [probes[str(p.node.name)] for p in planned]
-    return Probes(tuple(order), recorded - began, time.perf_counter() - recorded)
+    return Probes(tuple(order), recording, time.perf_counter() - began - recording)
 
 
 def heads_of(model: InterventionModel, method: str) -> list[PlannedNode]:
-    """The nodes to train."""
-    found = []
+    """Return the nodes to train.
+
+    Raises:
+        ValueError: none, or one that cannot be trained on recorded activations, or not by this method.
+    """
+    heads = []
     for planned in model.plan().nodes:
         head, name = planned.node.intervention, planned.node.name
         if not isinstance(head, MappingHead) or head.target is None or not head.trainable:
@@ -137,12 +156,12 @@ def heads_of(model: InterventionModel, method: str) -> list[PlannedNode]:
                 f"there is no closed form of head {name!r}, {head}: it takes a LinearHead without activation and a "
                 f"loss of {', '.join(CLOSED)}. Use method='sgd'"
             )
-        found.append(planned)
-    if not found:
+        heads.append(planned)
+    if not heads:
         raise ValueError(
             "the graph has no head to train: give it a LinearHead or MLPHead with a target at each site to be probed"
         )
-    return found
+    return heads
 
 
 def _check(rows: Any, eval_rows: Any, held_out: float, validation: float, seeds: Any, method: str, epochs: int) -> None:

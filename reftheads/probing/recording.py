@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from reftheads._utils.eval_mode import evaluating
+from reftheads._utils.memory import free_bytes
 from reftheads.adapter.model import InterventionModel
 from reftheads.architectures.structure import arguments
 from reftheads.data.rows import prompt_mask
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class _Eye(MappingHead):
-    """Stands in for a head while activations are recorded: it predicts what it sees.
+    """Stand in for a head while activations are recorded, and predict what it sees.
 
     Its target is the number of an item, so that what a head sees finds its target, and its row, as in training.
     """
@@ -64,7 +64,7 @@ class _Eye(MappingHead):
 
 @dataclass(frozen=True)
 class Seen:
-    """What one head sees of the items that have a target."""
+    """Hold what one head sees of the items that have a target."""
 
     planned: PlannedNode
     head: MappingHead
@@ -82,7 +82,7 @@ def record(
     batch_size: int,
     store: ActivationStore | None,
 ) -> list[Seen]:
-    """Runs the rows through the model, those of like length together."""
+    """Run the rows through the model, those of like length together, and return what each head sees."""
     sites: dict[Any, list[Tensor]] = {}
     eyes: list[_Eye] = []
     modules = [model.node(str(p.node.name)) for p in planned]
@@ -100,21 +100,21 @@ def record(
                 model(**batch)
     numbers = {key: i for i, key in enumerate(sites)}
     every = {key: torch.cat(sites.pop(key)) for key in list(sites)}
-    found = []
+    seen = []
     for p, key, eye, head in zip(planned, keys, eyes, heads, strict=True):
         assert isinstance(head, MappingHead)
         items = torch.cat(eye.items)
         values = columns[str(head.target)].values.to(items.device)
-        given = head.given(values)[items.clamp(min=0)]
-        keep = (items >= 0) & (given if given.ndim == 1 else given.any(1))
+        present = head.given(values)[items.clamp(min=0)]
+        keep = (items >= 0) & (present if present.ndim == 1 else present.any(1))
         whole = bool(keep.all())
-        found.append(Seen(p, head, numbers[key], every[key] if whole else every[key][keep], items[keep]))
-    return found
+        seen.append(Seen(p, head, numbers[key], every[key] if whole else every[key][keep], items[keep]))
+    return seen
 
 
 @contextmanager
 def _instead(model: InterventionModel, eyes: Mapping[NodeModule, _Eye]) -> Iterator[None]:
-    """Within, these stand in for their heads, and other heads have no targets."""
+    """Let these stand in for their heads for as long as it lasts, while other heads have no targets."""
     nodes = [m for m in model.modules() if isinstance(m, NodeModule) and isinstance(m.intervention, MappingHead)]
     before = {node: node.intervention for node in nodes}
     try:
@@ -129,17 +129,20 @@ def _instead(model: InterventionModel, eyes: Mapping[NodeModule, _Eye]) -> Itera
 def _inputs(
     model: InterventionModel, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Column]
 ) -> list[dict[str, Any]]:
-    """The rows as the model takes them, with items for targets, and with a prompt mask for labels if that will do."""
+    """Return the rows as the model takes them, with the numbers of items for targets.
+
+    Labels become a prompt mask where that will do, since with labels the whole model would run.
+    """
     base = model.get_base_model()
     names = {*arguments(base), "prompt_mask"} - columns.keys()
     encoded = []
     for i, row in enumerate(rows):
-        own = {name: value for name, value in row.items() if name in names}
-        if "labels" in own and model.tuner.layer.kind.generative and not model.tuner.layer.kind.seq2seq:
-            labels = torch.as_tensor(own.pop("labels")).tolist()  # with labels the whole model would run
+        taken = {name: value for name, value in row.items() if name in names}
+        if "labels" in taken and model.tuner.layer.kind.generative and not model.tuner.layer.kind.seq2seq:
+            labels = torch.as_tensor(taken.pop("labels")).tolist()
             if isinstance(labels, list):
-                own.setdefault("prompt_mask", prompt_mask(labels))
-        encoded.append(own | {name: column.index[i] for name, column in columns.items()})
+                taken.setdefault("prompt_mask", prompt_mask(labels))
+        encoded.append(taken | {name: column.index[i] for name, column in columns.items()})
     return encoded
 
 
@@ -149,16 +152,14 @@ def _check_memory(
     rows: Sequence[Mapping[str, Any]],
     model: InterventionModel,
 ) -> None:
-    """Raises `ValueError` where what is recorded could take more than half of the free memory."""
+    """Raise `ValueError` where what is recorded could take more than half of the free memory."""
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     needed = 0
     for (address, _, pool, dtype), p in dict(zip(keys, planned, strict=True)).items():
         bound = 1 if pool else p.node.positions.bound
         items = int((lengths if bound is None else lengths.clamp(max=bound)).sum())
         needed += items * address.width * (4 if dtype is None else dtype.itemsize)
-    free = psutil.virtual_memory().available
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
+    free = free_bytes(model.device)
     if needed > free / 2:
         raise ValueError(
             f"what {len(planned)} probes see of {len(rows)} rows takes up to {needed / 2**30:.3g} GiB, and "

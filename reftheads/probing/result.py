@@ -17,10 +17,23 @@ from reftheads.probing.estimates import Probe
 
 @dataclass(frozen=True)
 class Probes:
-    """All probes of a graph, in its order.
+    """Hold all probes of a graph, in its order, as `fit_probes` returns them.
 
     Attributes:
+        probes: one per head; by its node's name, `probes["name"]`.
         recording, fitting: seconds that running the model, and training the probes, took.
+
+    Example:
+        ```python
+        >>> import os, tempfile
+        >>> from reftheads.probing import Estimate, Probe, Probes
+        >>> score = Estimate((0.9, 0.8))
+        >>> probe = Probe("p", "block_output[2]", "block_output", 2, None, "mood", "accuracy", score, None, {}, score)
+        >>> probes = Probes((probe,), recording=0.5, fitting=1.5)
+        >>> [(probe.name, probe.score.mean) for probe in probes]
+        [('p', 0.85...)]
+        >>> probes.save(os.path.join(tempfile.mkdtemp(), "probes.json"))
+        ```
     """
 
     probes: tuple[Probe, ...]
@@ -40,7 +53,7 @@ class Probes:
         raise KeyError(f"no probe {name!r}: there are {', '.join(probe.name for probe in self.probes)}")
 
     def table(self) -> Table:
-        """One line a probe: means and 95 % confidence intervals over seeds."""
+        """Make a table, a row for each probe: means and 95 % confidence intervals over seeds."""
         metrics = list(dict.fromkeys(probe.metric for probe in self))
         seconds = list(dict.fromkeys(name for probe in self for name in probe.second))
         controlled = any(probe.control is not None for probe in self)
@@ -58,9 +71,10 @@ class Probes:
         return table
 
     def plot(self, path: str | os.PathLike) -> None:
-        """Draws score by layer, with intervals and control tasks, as a PNG file.
+        """Draw score by layer, with intervals and control tasks, into a PNG file.
 
-        One line a component and target. Probes of single attention heads are a picture of their own, a square each.
+        There is a line for each component and target. Probes of single attention heads are squares of a picture of
+        their own.
         """
         from matplotlib.figure import Figure
 
@@ -77,11 +91,11 @@ class Probes:
             figure.savefig(temporary, dpi=150, format="png")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values: every figure, seed by seed."""
+        """Return JSON values: every figure, seed by seed."""
         return {**{f.name: getattr(self, f.name) for f in fields(self)}, "probes": [p.to_dict() for p in self]}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes `to_dict` as a JSON file."""
+        """Write `to_dict` as a JSON file."""
         text = json.dumps(self.to_dict(), indent=1) + "\n"
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")

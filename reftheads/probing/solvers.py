@@ -28,7 +28,11 @@ def descend(
     patience: int,
     batch_size: int,
 ) -> tuple[Weights, Int[Tensor, "P M"]]:
-    """AdamW on the sum of all losses, which are independent under it; the weights that did best, and their epoch."""
+    """Minimise all losses by AdamW, under which they are independent; return the weights that did best, and when.
+
+    Returns:
+        The weights of every member from the epoch of its least loss in validation, and these epochs.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     p = stack.begin(seeds)
@@ -67,19 +71,19 @@ CLOSED = ("cross_entropy", "bce", "mse", "mse_of_each")
 
 
 def solve(stack: Stack, part: Int[Tensor, "seeds N"], strength: float) -> tuple[Weights, Int[Tensor, "P M"]]:
-    """The weights of every member by a solver of its own."""
-    found: list[tuple[Any, Any]] = []
+    """Solve for the weights of every member, one after the other; return them, and 0 epochs."""
+    solutions: list[tuple[Any, Any]] = []
     for x, of_site in zip(stack.x, stack.y, strict=True):
         whole = x.double().cpu().numpy()
-        for y, own in zip(of_site, stack.of_members(part == TRAIN), strict=True):
-            found.append(_closed(stack.head, whole[own.cpu()], y[own].cpu().numpy(), strength))
+        for y, train in zip(of_site, stack.of_members(part == TRAIN), strict=True):
+            solutions.append(_closed(stack.head, whole[train.cpu()], y[train].cpu().numpy(), strength))
     shape = stack.y.shape[:2]
-    W, b = (torch.from_numpy(np.stack(some)).to(stack.x).unflatten(0, shape) for some in zip(*found, strict=True))
+    W, b = (torch.from_numpy(np.stack(each)).to(stack.x).unflatten(0, shape) for each in zip(*solutions, strict=True))
     return {"W": W, **({"b": b} if stack.head.bias else {})}, torch.zeros(shape, dtype=torch.long)
 
 
 def _closed(head: MappingHead, x: Any, y: Any, strength: float) -> tuple[Any, Any]:
-    """The W and b that minimise the mean loss + ½ strength · |W|²."""
+    """Return the W and b that minimise the mean loss + ½ strength · |W|²."""
     from sklearn.linear_model import LogisticRegression, Ridge
 
     if head.loss in ("mse", "mse_of_each"):

@@ -28,9 +28,10 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Stack:
-    """Probes of one kind on the same items: P sites, M members a site, N items.
+    """Hold probes of one kind on the same items: P sites, M members per site, N items.
 
-    A member is a target, a seed of it, and the target itself or its control task: T × S × C of them, in this order.
+    The members of a site are one for each target, seed, and task (the target itself or its control): M = T × S × C,
+    in this order.
     """
 
     head: MappingHead
@@ -54,7 +55,7 @@ class Stack:
         first = sites[0][0]
         x = torch.stack([site[0].x for site in sites])
         moments = [torch.std_mean(of_site.double(), 0, correction=0) for of_site in x]
-        deviation, mean = (torch.stack(some) for some in zip(*moments, strict=True))
+        deviation, mean = (torch.stack(of_sites) for of_sites in zip(*moments, strict=True))
         if not first.head.bias:
             deviation, mean = (deviation.square() + mean.square()).sqrt(), torch.zeros_like(mean)
         scale = torch.where(deviation > 1e-6 * deviation.amax(1, keepdim=True), deviation, 1).to(x.dtype)
@@ -73,14 +74,15 @@ class Stack:
         )
 
     def of_members(self, part: Shaped[Tensor, "seeds N"]) -> Shaped[Tensor, "M N"]:
-        """What holds for a seed, for all of its members."""
+        """Repeat what holds for a seed for all of its members."""
         return part.repeat_interleave(self.kinds, 0).repeat(self.y.shape[1] // (self.seeds * self.kinds), 1)
 
     def member(self, task: int, seed: int = 0, kind: int = 0) -> int:
+        """Return the number of the member of a target, a seed, and the target (0) or its control task (1)."""
         return (task * self.seeds + seed) * self.kinds + kind
 
     def begin(self, seeds: Sequence[int]) -> dict[str, nn.Parameter]:
-        """New weights: [P M …] each; the same for all sites, targets and kinds of a seed."""
+        """Make new weights, [P M …] each; they are the same for all sites, targets and kinds of a seed."""
         made = []
         for seed in seeds:
             with torch.random.fork_rng():
@@ -89,7 +91,7 @@ class Stack:
         members = self.y.shape[1] // (len(seeds) * self.kinds)
         weights = {}
         for name in made[0]:
-            of_seeds = torch.stack([own[name].detach() for own in made]).to(self.x.device)
+            of_seeds = torch.stack([of_seed[name].detach() for of_seed in made]).to(self.x.device)
             whole = of_seeds.repeat_interleave(self.kinds, 0).repeat(members, *[1] * (of_seeds.ndim - 1))
             weights[name] = nn.Parameter(whole.expand(len(self.x), *whole.shape).clone())
         return weights
@@ -105,44 +107,44 @@ class Stack:
         return vmap(vmap(self.head.map, (0, None)))(dict(p), h)
 
     def losses(self, p: Params, items: Int[Tensor, " items"], counts: Float[Tensor, "M N"]) -> tuple[Tensor, Tensor]:
-        """Of some items, their losses, [P M n], and their weights in the mean: `counts`, by class weights if any."""
+        """Return the losses of some items, [P M n], and their weights in the mean: `counts`, times class weights."""
         loss = self.head.criterion
         z = self.predict(p, self.x.index_select(1, items))
         y, w = self.y.index_select(2, items), counts.index_select(1, items)
         z = self.head.shown(z) if loss.activated else z
         if loss.each:
-            given = self.head.given(y)
-            z, y, w = z.unsqueeze(-1), y.masked_fill(~given, 0), w[..., None] * given
+            present = self.head.given(y)
+            z, y, w = z.unsqueeze(-1), y.masked_fill(~present, 0), w[..., None] * present
         elif self.head.class_weights is not None:
             w = w * z.new_tensor(self.head.class_weights)[y.long()]
         return loss(z.flatten(0, -2), y.flatten()).view(*y.shape[:2], -1), w.expand(y.shape).flatten(2)
 
     def mean_loss(self, p: Params, items: Int[Tensor, " items"], counts: Float[Tensor, "M N"]) -> Float[Tensor, "P M"]:
-        """Of many items, without gradient."""
+        """Return the mean loss over many items, without gradient."""
         total = weight = self.x.new_zeros(self.y.shape[:2])
         with torch.no_grad():
-            for some in items.split(self.at_once):
-                loss, w = self.losses(p, some, counts)
+            for batch in items.split(self.at_once):
+                loss, w = self.losses(p, batch, counts)
                 total, weight = total + (loss * w).sum(-1), weight + w.sum(-1)
         return total / weight.clamp(min=1e-12)
 
     @property
     def at_once(self) -> int:
-        """How many items fit well into one pass in which nothing is trained."""
+        """Return how many items fit well into one pass in which nothing is trained."""
         return max(_AT_ONCE // (len(self.x) * max(self.x.shape[2], self.y.shape[1] * self.head.outputs)), 1)
 
     def first(self, weights: Params) -> dict[str, Weights]:
-        """By node, the weights of the first seed, for inputs as the model has them."""
-        found = {}
+        """Return, by node, the weights of the first seed for inputs as the model has them, neither moved nor scaled."""
+        by_node = {}
         for i, site in enumerate(self.planned):
             for task, planned in enumerate(site):
-                own = {name: w[i, self.member(task)].clone() for name, w in weights.items()}
-                W, b = ("W", "b") if "W" in own else ("W0", "b0")
-                own[W] /= self.scale[i]
-                if b in own:
-                    own[b] -= own[W] @ self.mean[i]
-                found[str(planned.node.name)] = own
-        return found
+                of_node = {name: w[i, self.member(task)].clone() for name, w in weights.items()}
+                W, b = ("W", "b") if "W" in of_node else ("W0", "b0")
+                of_node[W] /= self.scale[i]
+                if b in of_node:
+                    of_node[b] -= of_node[W] @ self.mean[i]
+                by_node[str(planned.node.name)] = of_node
+        return by_node
 
 
 def stacks_of(
@@ -153,7 +155,7 @@ def stacks_of(
     seeds: Sequence[int],
     batch_size: int,
 ) -> Iterator[Stack]:
-    """Heads with the same options on the same items, as many sites together as make a step fast."""
+    """Yield stacks of the heads with the same options on the same items, of as many sites as make a step fast."""
     alike: list[tuple[Any, Tensor, dict[int, list[Seen]]]] = []
     for one in seen:
         kind = (replace(one.head, target=None), one.x.shape[1], one.x.dtype)
@@ -166,29 +168,30 @@ def stacks_of(
     for (head, width, _), items, sites in alike:
         fast = max(_CACHED // (batch_size * width), 1) if items.device.type == "cpu" else len(sites)
         for count in dict.fromkeys(map(len, sites.values())):
-            some = [site for site in sites.values() if len(site) == count]
-            for start in range(0, len(some), fast):
-                own = {}
-                names = {str(one.head.target) for site in some[start : start + fast] for one in site}
+            of_count = [site for site in sites.values() if len(site) == count]
+            for start in range(0, len(of_count), fast):
+                together = of_count[start : start + fast]
+                of_targets = {}
+                names = {str(one.head.target) for site in together for one in site}
                 for name in names if control is not None else ():
                     if (name, head.shift) not in types:
                         types[name, head.shift] = columns[name].types(control, rows, head.shift)  # type: ignore[arg-type]
-                    own[name] = types[name, head.shift]
-                yield Stack.of(some[start : start + fast], columns, own, seeds)
+                    of_targets[name] = types[name, head.shift]
+                yield Stack.of(together, columns, of_targets, seeds)
 
 
 def _tasks(
     one: Seen, columns: Mapping[str, Column], types: Mapping[str, Tensor], seeds: Sequence[int]
 ) -> Shaped[Tensor, "members items *target_width"]:
-    """The targets of a head for every seed: its own, and random ones by type if there is a control."""
+    """Return the targets of a head for every seed: the column's, and random ones by type if there is a control."""
     name = str(one.head.target)
-    own = columns[name].values.to(one.items.device)[one.items]
+    targets = columns[name].values.to(one.items.device)[one.items]
     if not types:
-        return own.expand(len(seeds), *own.shape)
-    found = []
+        return targets.expand(len(seeds), *targets.shape)
+    tasks = []
     of_items = types[name].to(one.items.device)[one.items]
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(len(own), (int(types[name].max()) + 1,), generator=generator).to(own.device)
-        found += [own, own[drawn][of_items]]
-    return torch.stack(found)
+        drawn = torch.randint(len(targets), (int(types[name].max()) + 1,), generator=generator).to(targets.device)
+        tasks += [targets, targets[drawn][of_items]]
+    return torch.stack(tasks)

@@ -22,7 +22,7 @@ TRAIN, VALIDATION, TEST = 0, 1, 2
 
 @dataclass(frozen=True)
 class Column:
-    """The targets in a column of all rows, one after the other: its items."""
+    """Hold the targets in a column of all rows, one after the other: its items."""
 
     name: str
     values: Shaped[Tensor, "items ..."]
@@ -66,19 +66,19 @@ class Column:
             raise ValueError(f"no row has a target {self.name!r}: all that stands there stands for none")
 
     def types(self, control: str, rows: Sequence[Mapping[str, Any]], shift: bool) -> Int[Tensor, " items"]:
-        """The number of each item's type: that of its value in the column `control`."""
-        found: list[Any] = []
+        """Return the number of each item's type: that of its value in the column `control`."""
+        of_items: list[Any] = []
         for i, (index, row) in enumerate(zip(self.index, rows, strict=True)):
             if index == -1 or (isinstance(index, list) and index[:1] == [-1]):
                 continue
             value = row.get(control)
             value = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
             if isinstance(index, int) and value is not None and not isinstance(value, list | tuple):
-                found.append(value)
+                of_items.append(value)
             elif isinstance(index, list) and isinstance(value, list | tuple) and len(value) == len(index):
-                found += [value[0], *value[:-1]] if shift else value
+                of_items += [value[0], *value[:-1]] if shift else value
             elif isinstance(index, list) and value is not None and not isinstance(value, list | tuple):
-                found += [value] * len(index)
+                of_items += [value] * len(index)
             else:
                 wanted = "one a row, or one a target" if isinstance(index, list) else "one a row"
                 raise ValueError(
@@ -86,7 +86,7 @@ class Column:
                     "name a column that says of what kind each target's text is, such as the entity that it is about"
                 )
         numbers: dict[Any, int] = {}
-        return torch.tensor([numbers.setdefault(value, len(numbers)) for value in found])
+        return torch.tensor([numbers.setdefault(value, len(numbers)) for value in of_items])
 
 
 def parts_of(
@@ -98,7 +98,7 @@ def parts_of(
     validation: float,
     seeds: Sequence[int],
 ) -> Int[Tensor, "seeds rows"]:
-    """What each row is for: `rows` that are divided anew for every seed, and `judged` behind them."""
+    """Say what each row is for: `rows` are divided anew for every seed, and the `judged` ones come after them."""
     classes = next(filter(None, (_classes(p, columns, rows) for p in planned)), None)
     parts = torch.full((len(seeds), rows + judged), TEST)
     for part, seed in zip(parts, seeds, strict=True):
@@ -111,7 +111,7 @@ def parts_of(
 
 
 def _classes(planned: PlannedNode, columns: Mapping[str, Column], rows: int) -> list[int] | None:
-    """The class of every row, if that is what a head predicts."""
+    """Return the class of every row, if that is what a head predicts."""
     head = planned.node.intervention
     assert isinstance(head, MappingHead)
     column = columns[str(head.target)]
@@ -125,9 +125,9 @@ def _classes(planned: PlannedNode, columns: Mapping[str, Column], rows: int) -> 
 def _split(rows: Any, fraction: float, classes: list[int] | None, seed: int) -> Any:
     from sklearn.model_selection import train_test_split
 
-    own = None if classes is None else np.array(classes)[rows]
-    if own is not None:
-        counts = np.unique(own, return_counts=True)[1]
+    strata = None if classes is None else np.array(classes)[rows]
+    if strata is not None:
+        counts = np.unique(strata, return_counts=True)[1]
         if counts.min() < 2 or min(fraction, 1 - fraction) * len(rows) < len(counts):  # too few to give each its share
-            own = None
-    return train_test_split(rows, test_size=fraction, random_state=seed, stratify=own)
+            strata = None
+    return train_test_split(rows, test_size=fraction, random_state=seed, stratify=strata)

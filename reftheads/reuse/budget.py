@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-import psutil
 import torch
 
+from reftheads._utils.memory import free_bytes
 from reftheads.reuse.store import ActivationStore
 
 
@@ -19,19 +19,19 @@ def choose_store(
     seen_once: bool,
     device: torch.device,
 ) -> tuple[ActivationStore | None, str]:
-    """A store, or none, and why.
+    """Return a store, or none, and a sentence that says why.
 
     Args:
         wanted: as in `InterventionTrainer`.
         size: bytes that are to be kept of all rows; `None` where only running through them would show it.
-        folder: of files on disk.
+        folder: where files are written, if they are.
         seen_once: whether no row is seen for the second time.
         device: where the model is.
     """
     if isinstance(wanted, ActivationStore):
         return wanted, "as given"
     if wanted == "disk":
-        return ActivationStore(folder=folder), f"disk: {_about(size)}in {folder}"
+        return ActivationStore(directory=folder), f"disk: {_about(size)}in {folder}"
     if wanted == "auto" and size is None:
         return None, "none: how many rows there are is not known"
     if wanted == "auto" and seen_once:
@@ -44,13 +44,13 @@ def choose_store(
 
 
 def _in_memory(size: int, device: torch.device) -> ActivationStore:
-    """Where the model is, if half of what is free there suffices; else in main memory."""
+    """Return a store where the model is, if half of what is free there suffices; else in main memory."""
     if device.type == "cuda":
-        budget = torch.cuda.mem_get_info(device)[0] // 2
+        budget = free_bytes(device) // 2
         if size <= budget:
             return ActivationStore(budget)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each has a store of its own
-    return ActivationStore(psutil.virtual_memory().available // 2 // processes, device="cpu")
+    return ActivationStore(free_bytes() // 2 // processes, device="cpu")
 
 
 def _about(size: int | None) -> str:

@@ -16,7 +16,7 @@ from reftheads.runtime.plan import PlannedNode
 
 @dataclass(frozen=True)
 class Cone:
-    """The cone of some nodes in the one stack of a model that is fed its input.
+    """Say which part of a forward pass some nodes can change, in the one stack of a model that is fed its input.
 
     Attributes:
         stack: that stack: the encoder of an encoder-decoder model, the only one of any other.
@@ -27,6 +27,18 @@ class Cone:
         constant: the readers that see what the base model computes, whatever the parameters are.
         inside: all other nodes of the stack.
         elsewhere: whether nodes act in another stack.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> from reftheads.reuse import Cone
+        >>> base, _ = rh.load_base("tiny-chat")
+        >>> edit = rh.Node(rh.LoReFT(rank=4), layer=3, positions="l1", name="edit")
+        >>> plan = rh.InterventionModel(base, rh.InterventionGraph(edit)).plan()
+        >>> cone = Cone.of(plan.nodes, plan.stacks[0])
+        >>> f"{cone.cut} of {len(plan.stacks[0].blocks)} blocks compute what {cone.first.node.name!r} cannot change"
+        "4 of 6 blocks compute what 'edit' cannot change"
+        ```
     """
 
     stack: StackInfo
@@ -38,7 +50,7 @@ class Cone:
 
     @classmethod
     def of(cls, nodes: Sequence[PlannedNode], stack: StackInfo) -> Cone:
-        """The cone of `nodes`, of one graph or of several that act together, in the order in which they act."""
+        """Return the cone of `nodes`, of one graph or of several that act together, in the order in which they act."""
         here = [planned for planned in nodes if planned.address.stack == stack.path]
         changing = [planned for planned in here if not _reads_alone(planned)]
         first = min(changing, key=lambda planned: _turn(planned, stack), default=None)
@@ -55,46 +67,46 @@ class Cone:
 
     @property
     def nodes(self) -> tuple[PlannedNode, ...]:
-        """All of the stack."""
+        """Return all nodes of the stack."""
         return (*self.constant, *self.inside)
 
     @property
     def deepest_constant(self) -> int:
-        """How many blocks must run for the constant readers."""
+        """Return how many blocks must run for the constant readers."""
         return max((_blocks_for(planned, self.stack) for planned in self.constant), default=0)
 
     @property
     def deepest(self) -> int:
-        """How many blocks must run for the nodes of the stack, if nothing else of the model is asked for."""
+        """Return how many blocks must run for the nodes of the stack, where nothing else is asked for."""
         return max((_blocks_for(planned, self.stack) for planned in self.inside if not planned.edits), default=0)
 
 
 def _reads_alone(planned: PlannedNode) -> bool:
-    """Whether a node reads, and all that it sees is the tensor at its address."""
+    """Return whether a node reads, and all that it sees is the tensor at its address."""
     what = planned.node.intervention
     return not (planned.edits or what.needs_linear or planned.node.source or planned.address.order is None)
 
 
 def _turn(planned: PlannedNode, stack: StackInfo) -> tuple[int, int]:
-    """When a node acts; one whose place in its block is unknown acts as early as can be."""
+    """Return when a node acts; one whose place in its block is unknown acts as early as can be."""
     return planned.address.order or (_block_of(planned, stack), -1)
 
 
 def _block_of(planned: PlannedNode, stack: StackInfo) -> int:
-    """The block that a module path lies in; -1 for what may run before all of them."""
+    """Return the block that a module path lies in; -1 for what may run before all of them."""
     inside = (i for i, block in enumerate(stack.blocks) if f"{planned.address.module}.".startswith(f"{block}."))
     return next(inside, -1)
 
 
 def _blocks_before(planned: PlannedNode, stack: StackInfo) -> int:
-    """How many blocks are done when the tensor at a node's address exists."""
+    """Return how many blocks are done when the tensor at a node's address exists."""
     layer = _turn(planned, stack)[0]
     leaves_block = planned.address.side == "output" and planned.address.module in stack.blocks
     return min(max(layer, 0) + leaves_block, len(stack.blocks))
 
 
 def _blocks_for(planned: PlannedNode, stack: StackInfo) -> int:
-    """How many blocks must run, the last of them in part, until a node has acted."""
+    """Return how many blocks must run, the last of them in part, until a node has acted."""
     if planned.address.order is None and _block_of(planned, stack) < 0:
         return len(stack.blocks)
     return min(_turn(planned, stack)[0] + 1, len(stack.blocks))

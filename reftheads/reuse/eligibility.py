@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from reftheads._utils.lazy import cached
 from reftheads.architectures.structure import arguments, own_modules
 from reftheads.reuse.cone import Cone
 from reftheads.reuse.facts import Facts
@@ -37,7 +37,7 @@ class Eligibility:
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Of the base model's floating-point weights."""
+        """Return the types of the base model's floating-point weights."""
         return {weight.dtype for _, weight in self._weights() if weight.is_floating_point()}
 
     def _weights(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -101,13 +101,13 @@ class Eligibility:
             return "blocks hand on more than the hidden state"
         return None
 
-    @cached_property
+    @cached
     def _keeps_pieces(self) -> bool:
         return keeps_pieces(self.facts)
 
-    @cached_property
+    @cached
     def elements(self) -> int:
-        """How many elements the tuple has that a block returns; 0 for a tensor."""
+        """Return how many elements the tuple has that a block returns; 0 for a tensor."""
         return elements_given(self.facts)
 
 

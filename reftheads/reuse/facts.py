@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from reftheads._utils.lazy import cached
 from reftheads.architectures.structure import StackInfo, arguments, stacks
 from reftheads.graph.intervention import Head
 from reftheads.reuse.fingerprint import Fingerprint
@@ -75,17 +75,17 @@ class Facts:
 
     @property
     def seq2seq(self) -> bool:
-        """Whether an encoder is fed the input, and a decoder the answer."""
+        """Return whether an encoder is fed the input, and a decoder the answer."""
         return self.layer.kind.seq2seq
 
     @property
     def device(self) -> torch.device:
-        """Where the stack runs."""
+        """Return where the stack runs."""
         return next((p.device for p in self.stack.parameters()), torch.device("cpu"))
 
     @property
     def lm_head(self) -> nn.Module | None:
-        """The vocabulary projection of a causal language model whose loss is the usual one."""
+        """Return the vocabulary projection of a causal language model whose loss is the usual one."""
         if self.seq2seq or not self.layer.kind.generative:
             return None
         usual = getattr(self.base, "loss_function", None) is ForCausalLMLoss
@@ -93,16 +93,16 @@ class Facts:
 
     @property
     def targets(self) -> set[str]:
-        """The columns of a batch that heads are trained on."""
+        """Return the columns of a batch that heads are trained on."""
         return {name for plan in self.layer.plans.values() for name in plan.targets}
 
     @property
     def heads(self) -> list[Head]:
-        """The heads of all adapters."""
+        """Return the heads of all adapters."""
         kinds = (planned.node.intervention for plan in self.layer.plans.values() for planned in plan.nodes)
         return [kind for kind in kinds if isinstance(kind, Head)]
 
-    @cached_property
+    @cached
     def dtype(self) -> torch.dtype:
-        """Of the first of the base model's floating-point weights."""
+        """Return the type of the first of the base model's floating-point weights."""
         return next((p.dtype for p in self.base.parameters() if p.is_floating_point()), torch.float32)

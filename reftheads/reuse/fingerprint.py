@@ -11,7 +11,7 @@ from reftheads.architectures.structure import own_modules
 
 
 def digest(*parts: str | int | bytes) -> str:
-    """A hexadecimal hash of the parts and of where each ends."""
+    """Return a hexadecimal hash of the parts and of where each ends."""
     hashed = hashlib.blake2b(digest_size=20)
     for part in parts:
         data = part if isinstance(part, bytes) else str(part).encode()
@@ -21,12 +21,12 @@ def digest(*parts: str | int | bytes) -> str:
 
 
 def content_of_ids(ids: Tensor) -> bytes:
-    """The bytes of token ids, eight a token, whatever type of integer they come in."""
+    """Return the bytes of token ids, eight a token, whatever type of integer they come in."""
     return content(ids.long())
 
 
 def content(tensor: Tensor) -> bytes:
-    """The bytes of a tensor of any type, on any device."""
+    """Return the bytes of a tensor of any type, on any device."""
     flat = tensor.detach().contiguous().flatten().cpu()
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 

@@ -21,7 +21,7 @@ from reftheads.reuse.replay import Replay
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of some batches together.
+    """Say what reuse spares of some batches together.
 
     Attributes:
         plain: floating-point operations of a plain training step: forward, and backward down to the first edit.
@@ -39,7 +39,7 @@ class Forecast:
 
     @classmethod
     def of(cls, replay: Replay, batches: Iterable[Mapping[str, Any]]) -> Forecast:
-        """Counts the model's matrix products and attention; nodes, norms, activations, optimiser are left out."""
+        """Count the model's matrix products and attention; nodes, norms, activations, optimiser are left out."""
         cone = replay.cone
         costs = _Costs.of(replay)
         parts = [costs.of_batch(cone, replay.split.rows(cone, batch), batch) for batch in batches]
@@ -47,7 +47,7 @@ class Forecast:
         return cls(plain, recording, replaying, int(stored), int(rows))
 
     def bytes_of(self, rows: int) -> int:
-        """What is to be kept of so many rows like these."""
+        """Return how many bytes are to be kept of so many rows like these."""
         return self.stored * rows // self.rows
 
 
@@ -84,7 +84,7 @@ class _Costs:
         )
 
     def of_batch(self, cone: Cone, rows: Rows, batch: Mapping[str, Any]) -> tuple[float, float, float, int, int]:
-        """Plain, recording, replaying, bytes, rows."""
+        """Return operations of a plain, a recording and a replaying step, bytes, and rows."""
         labels = batch.get("labels")
         labelled = 0 if labels is None or not self.logits else int((labels[:, 1:] != IGNORE).sum())
         above = bool(cone.inside) or cone.elsewhere or labels is not None  # whether anything is fed what is kept
@@ -106,14 +106,14 @@ class _Costs:
         return plain, recording, replaying, kept, len(rows.ids)
 
     def _block(self, length: int, prefix: int) -> float:
-        """The forward pass of a row's tokens from `prefix` on, in one block."""
+        """Return the operations of a row's tokens from `prefix` on, in one block."""
         tokens = length - prefix
         seen = (length * (length + 1) - prefix * (prefix + 1)) / 2 if self.causal else tokens * length
         return tokens * self.token + seen * self.seen
 
 
 def _weights(module: nn.Module, config: Any) -> float:
-    """How many weights a token is multiplied by."""
+    """Return how many weights a token is multiplied by."""
     total = 0.0
     for parameter in module.parameters():
         shape = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
@@ -125,7 +125,7 @@ def _weights(module: nn.Module, config: Any) -> float:
 
 
 def describe(replay: Replay, batches: Iterable[Mapping[str, Any]] = ()) -> str:
-    """What is reused, what is not and why; with batches, what that makes of a training step."""
+    """Return what is reused, what is not and why; with batches, what that makes of a training step."""
     cone = replay.cone
     table = Table(box=None, show_header=False, pad_edge=False)
     plain = replay.eligibility.why_plain()

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from reftheads._utils.lazy import cached
 from reftheads.graph.positions import Positions
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ class Layout:
 
     @classmethod
     def whole(cls, mask: Bool[Tensor, "rows columns"]) -> Layout:
-        """Everything is computed, each token where it stands in the batch."""
+        """Return a layout in which everything is computed, each token where it stands in the batch."""
         return cls(torch.arange(mask.shape[1]).expand_as(mask), mask, (0,) * mask.shape[0])
 
     @classmethod
     def behind(cls, prefixes: Sequence[int], lengths: Sequence[int], starts: Sequence[int]) -> Layout:
-        """What follows the prefix of each row.
+        """Return what follows the prefix of each row.
 
         Args:
             prefixes: tokens before the computed part, at least one fewer than there are.
@@ -54,26 +54,26 @@ class Layout:
         real = steps < total - before
         return cls(start + torch.minimum(before + steps, total - 1).clamp(min=0), real, tuple(prefixes))
 
-    @cached_property
+    @cached
     def past(self) -> int:
-        """Columns of the cache."""
+        """Return how many columns the cache has."""
         return max(self.prefixes)
 
     @property
     def attention_mask(self) -> Int[Tensor, "rows all_columns"]:
-        """Over the cache and the computed part."""
+        """Return the mask over the cache and the computed part."""
         before = torch.arange(self.past) >= self.past - torch.tensor(self.prefixes)[:, None]
         return torch.cat([before, self.real], dim=1).long()
 
     @property
     def position_ids(self) -> Int[Tensor, "rows computed"]:
-        """How many real tokens come before each computed one."""
+        """Return how many real tokens come before each computed one."""
         count = self.real.sum(1, keepdim=True)
         steps = torch.minimum(torch.arange(self.real.shape[1]), (count - 1).clamp(min=0))
         return torch.tensor(self.prefixes)[:, None] + steps
 
     def pick(self, values: Tensor) -> Tensor:
-        """[rows columns …] of the batch -> [rows computed …]."""
+        """Return [rows computed …] of the batch's [rows columns …]."""
         columns = self.columns.to(values.device)
         return values[torch.arange(len(columns), device=values.device)[:, None], columns]
 
@@ -102,16 +102,16 @@ class Rows:
 
     @property
     def tokens(self) -> list[Int[Tensor, " tokens"]]:
-        """The real tokens of rows that are divided."""
+        """Return the real tokens of rows that are divided."""
         every = zip(self.fed["input_ids"], self.starts, self.lengths, strict=True)
         return [row[start : start + length] for row, start, length in every]
 
     def selected(self, rule: Positions) -> list[Int[Tensor, " selected"]]:
-        """The tokens that a rule selects, counted from the first column that has one."""
+        """Return the tokens that a rule selects, counted from the first column that has one."""
         return [mask[start:].nonzero()[:, 0] for mask, start in zip(self.masks[rule], self.starts, strict=True)]
 
     def of(self, some: Sequence[int]) -> Rows:
-        """Some of the rows."""
+        """Return some of the rows."""
         starts, lengths, prefixes = (
             [values[i] for i in some] for values in (self.starts, self.lengths, self.layout.prefixes)
         )

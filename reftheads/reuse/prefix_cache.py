@@ -26,7 +26,7 @@ class Piece:
         return self.keys.shape[2]
 
     def since(self, first: int) -> Piece:
-        """Of the blocks from `first` on."""
+        """Return the piece of the blocks from `first` on."""
         return Piece(self.keys[first - self.first :], self.values[first - self.first :], first)
 
 
@@ -72,7 +72,7 @@ class _Layer(DynamicLayer):
 def cache_of(
     rows: Sequence[Sequence[Piece]], past: int, room: int, blocks: int, filled: Callable[[], None] | None = None
 ) -> DynamicCache:
-    """A cache whose columns hold each row's pieces, padded at the left.
+    """Return a cache whose columns hold each row's pieces, padded at the left.
 
     Args:
         rows: the pieces of each row, in the order of its tokens. Blocks that they lack must not run.
@@ -97,7 +97,7 @@ def cache_of(
 
 
 def growing(rows: Sequence[Sequence[Piece]], past: int) -> DynamicCache:
-    """A cache as `generate` wants it: of all blocks, each row's pieces padded at the left to `past` columns."""
+    """Return a cache for `generate`: of all blocks, each row's pieces padded at the left to `past` columns."""
     cache = DynamicCache()
     for block, layer in enumerate(cache_of(rows, past, 0, max(len(p.keys) for pieces in rows for p in pieces)).layers):
         cache.update(layer.keys, layer.values, block)  # type: ignore[union-attr]
@@ -105,7 +105,7 @@ def growing(rows: Sequence[Sequence[Piece]], past: int) -> DynamicCache:
 
 
 def _columns(rows: Sequence[Sequence[Tensor]], past: int, room: int) -> Tensor:
-    """[heads tokens width] pieces of rows -> [rows heads past+room width], the room as it comes."""
+    """Return [rows heads past+room width] of rows' [heads tokens width] pieces, the room as it comes."""
     one = next(piece for pieces in rows for piece in pieces)
     out = one.new_empty((len(rows), one.shape[0], past + room, one.shape[2]))
     for row, pieces in zip(out, rows, strict=True):
@@ -118,7 +118,7 @@ def _columns(rows: Sequence[Sequence[Tensor]], past: int, room: int) -> Tensor:
 
 
 def pieces_of(cache: DynamicCache, past: int, lengths: Sequence[int], first: int) -> list[Piece]:
-    """The keys and values that a pass has added, row by row: `lengths` tokens behind `past` columns.
+    """Return the keys and values that a pass has added, row by row: `lengths` tokens after `past` columns.
 
     Raises:
         ValueError: a cache that holds something else than keys and values of every token.

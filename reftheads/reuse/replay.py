@@ -73,7 +73,7 @@ class _Batch:
 
     @property
     def read(self) -> Any:
-        """What was read, and nothing else, as an output."""
+        """Return what was read, and nothing else, as an output."""
         return extend(BaseModelOutput(), by_name(self.run.readings), self.targets)
 
 
@@ -128,7 +128,7 @@ class Replay:
 
     @property
     def cone(self) -> Cone:
-        """Of the adapters that act now, as far as it can be used."""
+        """Return the cone of the adapters that act now, as far as it can be used."""
         return self._cone_of(self.facts.layer.new_call())
 
     def _cone_of(self, call: Call) -> Cone:

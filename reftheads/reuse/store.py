@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 import uuid
 import zlib
@@ -16,14 +15,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reftheads._utils.atomic import remove_abandoned, replacing
+from reftheads._utils.deprecation import renamed
+from reftheads._utils.memory import free_bytes
+
 FORMAT = "reftheads activations 1"
-_ABANDONED = 3600  # seconds after which what a killed process was writing is removed
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class _File:
 
 
 class ActivationStore:
-    """Named tensors by key, in memory and, where there is a folder, on disk; the least recently used go first.
+    """Keep named tensors by key, in memory and, where there is a folder, on disk; the least recently used go first.
 
     A key stands for everything that its tensors were computed from: the same key means the same tensors, in all
     processes and runs. Tensors are handed out as they are kept, so whoever gets them must not write into them.
@@ -45,8 +46,8 @@ class ActivationStore:
 
     Args:
         budget: bytes kept in memory; None for half of the main memory that is free now.
-        folder: where files are written, made if there is none; None to keep entries in memory only.
-        disk_budget: bytes of the files in the folder; None for half of what they could take now.
+        directory: where files are written, made if there is none; None to keep entries in memory only.
+        disk_budget: bytes of the files in the directory; None for half of what they could take now.
         device: where entries are kept in memory; None for where they were computed, or for the CPU if they were
             read from disk.
 
@@ -58,37 +59,50 @@ class ActivationStore:
         disk_bytes: taken by the files that this store knows of.
 
     Raises:
-        ValueError: a negative budget, or a folder that is a file.
+        ValueError: a negative budget, or a directory that is a file.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> import reftheads as rh
+        >>> store = rh.ActivationStore(budget=10**6)
+        >>> store.put({"c0ffee": {"hidden": torch.ones(2, 3)}})
+        >>> store.get("c0ffee")["hidden"].shape, store.get("decaf")
+        (torch.Size([2, 3]), None)
+        >>> store.hits, store.misses, store.bytes
+        (1, 1, 24)
+        ```
     """
 
+    @renamed(folder="directory")
     def __init__(
         self,
         budget: int | None = None,
-        folder: str | os.PathLike | None = None,
+        directory: str | os.PathLike | None = None,
         disk_budget: int | None = None,
         device: torch.device | str | None = None,
     ):
-        for name, given in (("budget", budget), ("disk_budget", disk_budget)):
-            if given is not None and given < 0:
-                raise ValueError(f"{name}={given}: give a number of bytes >= 0, or None for half of what is free")
+        for name, limit in (("budget", budget), ("disk_budget", disk_budget)):
+            if limit is not None and limit < 0:
+                raise ValueError(f"{name}={limit}: give a number of bytes >= 0, or None for half of what is free")
         self.hits = self.misses = self.evictions = self.recomputed = self.bytes = self.disk_bytes = 0
-        self.budget = psutil.virtual_memory().available // 2 if budget is None else budget
-        self.folder = None if folder is None else Path(folder)
+        self.budget = free_bytes() // 2 if budget is None else budget
+        self.directory = None if directory is None else Path(directory)
         self.disk_budget = disk_budget or 0
         self.device = None if device is None else torch.device(device)
         self._memory: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # these two: least recently used first
         self._files: OrderedDict[Path, _File] = OrderedDict()
         self._path: dict[str, Path] = {}
         self._verified: set[str] = set()
-        if self.folder is not None:
-            self._open(self.folder)
+        if self.directory is not None:
+            self._open(self.directory)
             if disk_budget is None:  # files of an earlier run count as free: else every run would halve the budget
-                self.disk_budget = (shutil.disk_usage(self.folder).free + self.disk_bytes) // 2
+                self.disk_budget = (shutil.disk_usage(self.directory).free + self.disk_bytes) // 2
             self._make_room_on_disk(0)
 
     @torch.inference_mode(False)
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors of an entry, which is then the most recently used one; None if it is not there.
+        """Return the tensors of an entry, which is then the most recently used one; None if it is not there.
 
         An entry whose file has vanished, is truncated or damaged is not there; a damaged file is removed.
         """
@@ -107,10 +121,13 @@ class ActivationStore:
 
     @torch.inference_mode(False)  # what is kept may be needed for a backward pass
     def put(self, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Keeps entries, in place of those with the same keys; with a folder, all of them in one file.
+        """Keep entries, in place of those with the same keys; with a folder, all of them in one file.
 
         What is larger than a whole budget is not kept there. Tensors are detached, and copied if they are views of
         something larger.
+
+        Args:
+            entries: tensors by name, by key; a key is the hex digest of all that its tensors were computed from.
 
         Raises:
             ValueError: a key that is not a hex string, or what is no dense, real tensor with a name.
@@ -120,10 +137,10 @@ class ActivationStore:
             _check(key, entry)
         for key in entries:
             self._forget(key)
-        if self.folder is not None and entries:
-            self._write(self.folder, entries)
+        if self.directory is not None and entries:
+            self._write(self.directory, entries)
         for key, entry in entries.items():
-            self._keep(key, self._own(entry))
+            self._keep(key, self._detached(entry))
 
     def __contains__(self, key: object) -> bool:
         return key in self._memory or key in self._path
@@ -132,27 +149,28 @@ class ActivationStore:
         return len(self._memory.keys() | self._path.keys())
 
     def clear(self) -> None:
-        """Forgets all entries, and removes the files that this store knows of; the other counters stay."""
+        """Forget all entries, and remove the files that this store knows of; the other counters stay."""
         self._memory.clear()
         self.bytes = 0
         for path in list(self._files):
             self._remove(path)
 
     def counters(self) -> dict[str, int]:
-        """What a trainer logs."""
+        """Return what a trainer logs: `hits`, `misses` and `evictions`, and `bytes` and `disk_bytes` that are taken."""
         return {name: getattr(self, name) for name in ("hits", "misses", "bytes", "disk_bytes", "evictions")}
 
     # --- in memory ----------------------------------------------------------------------------------------
 
-    def _own(self, entry: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        owned = {}
+    def _detached(self, entry: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors where they are kept, without gradient and each with a storage of its own size."""
+        detached = {}
         for name, tensor in entry.items():
             tensor = tensor.detach().to(self.device or tensor.device)
             view = tensor.untyped_storage().nbytes() != tensor.nbytes  # it would keep all of its storage alive
             if view or tensor.is_inference():
                 tensor = tensor.clone(memory_format=torch.contiguous_format)
-            owned[name] = tensor
-        return owned
+            detached[name] = tensor
+        return detached
 
     def _keep(self, key: str, entry: dict[str, Tensor]) -> None:
         size = _size(entry)
@@ -176,14 +194,11 @@ class ActivationStore:
     # --- on disk ------------------------------------------------------------------------------------------
 
     def _open(self, folder: Path) -> None:
-        """Finds the files of earlier runs, by their headers alone."""
+        """Find the files of earlier runs, by their headers alone."""
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file: give a folder, or None to keep entries in memory only")
         folder.mkdir(parents=True, exist_ok=True)
-        for abandoned in folder.glob(".activations-*"):
-            with contextlib.suppress(OSError):  # another process may be removing it as well
-                if time.time() - abandoned.stat().st_mtime > _ABANDONED:
-                    shutil.rmtree(abandoned)
+        remove_abandoned(folder, ".activations-")
         for path in sorted(folder.glob("*.safetensors")):  # names begin with the time of writing: the newest last
             if not _is_ours(path):
                 continue
@@ -207,19 +222,16 @@ class ActivationStore:
             tensors |= copies
             checksums[key] = _checksum(copies)
         path = folder / f"activations-{time.time_ns():020d}-{uuid.uuid4().hex}.safetensors"
-        with tempfile.TemporaryDirectory(prefix=".activations-", dir=folder) as place:
-            temporary = Path(place) / path.name
+        with replacing(path) as temporary:
             try:
                 save_file(tensors, temporary, metadata={FORMAT: json.dumps(checksums)})
             except SafetensorError as error:
                 raise OSError(f"cannot write to {folder} ({error}): free some space there, or give another") from error
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
             size = temporary.stat().st_size
             if size > self.disk_budget:
+                temporary.unlink()
                 return
             self._make_room_on_disk(size)
-            os.replace(temporary, path)
         self._index(path, size, set(entries))
 
     def _read(self, key: str, path: Path) -> dict[str, Tensor] | None:
@@ -232,7 +244,7 @@ class ActivationStore:
             self._verified.add(key)
             entry = {name.partition("/")[2]: tensor for name, tensor in tensors.items()}
         if entry is not None and self.device is not None and self.device.type != "cpu":
-            entry = self._own(entry)
+            entry = self._detached(entry)
             self._keep(key, entry)
         return entry
 
@@ -264,7 +276,7 @@ class ActivationStore:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file begins as ours do: the metadata comes first in a header."""
+    """Return whether a file begins as ours do: the metadata comes first in a header."""
     begin = f'{{"__metadata__":{{"{FORMAT}":'.encode()
     with contextlib.suppress(OSError), open(path, "rb") as file:
         return file.read(8 + len(begin))[8:] == begin
@@ -286,7 +298,7 @@ def _size(entry: Mapping[str, Tensor]) -> int:
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    """Of the bytes of all tensors, and of what says how to read them."""
+    """Return a checksum of the bytes of all tensors, and of what says how to read them."""
     crc = 0
     for name, tensor in sorted(tensors.items()):
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)

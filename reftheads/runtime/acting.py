@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,6 @@ from reftheads.runtime.plan import PlannedNode
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-_AS_IT_IS = nullcontext()
 _PLAIN = {training: Context(training=training) for training in (True, False)}
 
 
@@ -77,13 +75,20 @@ def touch(run: Run, place: HookKey, h: Tensor, x: Tensor) -> Tensor | None:
                 f"{place[0]!r} works on a tensor of shape {tuple(h.shape)}: nodes need [batch, sequence, width]"
             )
         h, x = h.unflatten(0, run.shape), x.unflatten(0, run.shape)
-    new, device = h, h.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS:
-        for node in run.acting[place]:
-            new = _act(run, node, new, x)
+    if torch.is_autocast_enabled(h.device.type):  # nodes compute in a type of their own
+        with torch.autocast(h.device.type, enabled=False):
+            new = _act_in_turn(run, run.acting[place], h, x)
+    else:
+        new = _act_in_turn(run, run.acting[place], h, x)
     if new is h:
         return None
     return new.flatten(0, 1) if flat else new
+
+
+def _act_in_turn(run: Run, nodes: Sequence[Acting], h: Tensor, x: Tensor) -> Tensor:
+    for node in nodes:
+        h = _act(run, node, h, x)
+    return h
 
 
 def _act(

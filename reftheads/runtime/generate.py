@@ -91,7 +91,7 @@ def _generate(
 def real_tokens(
     base: Any, inputs: Shaped[Tensor, "rows columns *width"], kwargs: dict[str, Any]
 ) -> Int[Tensor, "rows columns"]:
-    """The mask that `generate` makes up where none is given: padding, if it can be told from an end."""
+    """Return the mask that `generate` makes up without one: padding, if it can be told from an end."""
     pad, eos = (option(base, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
     if inputs.ndim == 2 and pad is not None and pad not in (eos if isinstance(eos, list | tuple) else [eos]):
         return (inputs != pad).long()
@@ -99,7 +99,7 @@ def real_tokens(
 
 
 def option(base: Any, kwargs: dict[str, Any], name: str) -> Any:
-    """An option of `generate`: of the call, its configuration, or else the model's."""
+    """Return an option of `generate`: of the call, its configuration, or else the model's."""
     given = (kwargs.get(name), getattr(kwargs.get("generation_config"), name, None))
     return next((value for value in given if value is not None), getattr(base.generation_config, name))
 
@@ -108,7 +108,7 @@ def option(base: Any, kwargs: dict[str, Any], name: str) -> Any:
 
 
 def _readers(base: Any, layer: Interventions, kwargs: dict[str, Any]) -> list[PlannedNode]:
-    """The nodes that read finished sequences.
+    """Return the nodes that read finished sequences.
 
     Raises:
         ValueError: no head acts, a model with an encoder, or an input of more than tokens.
@@ -139,7 +139,7 @@ def _readers(base: Any, layer: Interventions, kwargs: dict[str, Any]) -> list[Pl
 
 
 def _ended(base: Any, kwargs: dict[str, Any], new: Int[Tensor, "rows new"]) -> Bool[Tensor, "rows new"]:
-    """What follows the end of a row among the tokens that were generated; the end itself belongs to the text."""
+    """Return what follows the end of a row among the new tokens; the end itself belongs to the text."""
     pad, eos = (option(base, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
     if eos is None:  # then all rows go on to the same length
         return torch.zeros_like(new, dtype=torch.bool)
@@ -159,7 +159,7 @@ def _read(
     real: Bool[Tensor, "rows columns"],
     prompt: Bool[Tensor, "rows prompt_columns"],
 ) -> ModelOutput:
-    """What is read of whole sequences; the blocks above the last reader, and logits, are not computed."""
+    """Return what is read of whole sequences; blocks above the last reader, and logits, are not computed."""
     path = readers[0].address.stack
     stack = base.get_submodule(path)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": real.long(), "use_cache": False}

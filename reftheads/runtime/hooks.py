@@ -4,7 +4,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,8 +50,8 @@ class Around:
 
     @property
     def method(self) -> Callable[..., Any]:
-        """What is stood in for; looked up at each call, since sharding gives a module another class."""
-        return self.before or MethodType(getattr(type(self.module), self.name), self.module)
+        """Return what is stood in for; looked up at each call, since sharding gives a module another class."""
+        return self.before or partial(getattr(type(self.module), self.name), self.module)
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -14,7 +14,7 @@ edits. The module itself knows nothing of any call; see `scope`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -172,9 +172,8 @@ class Interventions(nn.Module, BaseTunerLayer):
             labels = _named(self._argument_names[None], args).get("labels")
         run = kwargs.pop(RUN, None)
         call = self.new_call(labels=labels, prompt_mask=targets.pop("prompt_mask", None), targets=targets)
-        if run is not None:
-            call.handed[run.stack] = run
         with call:
+            call.handed |= {} if run is None else {run.stack: run}
             output = forward(*args, **kwargs)
         return extend(output, by_name(call.readings), call.targets, call.labels) if call.readings else output
 
@@ -183,11 +182,10 @@ class Interventions(nn.Module, BaseTunerLayer):
     def around_stack(self, stack: StackInfo, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a stack's `forward` with the nodes that act in it."""
         call = call_of(self)
-        if call is None or stack.path in call.runs:  # the stack alone is called
-            call = self.new_call(prompt_mask=kwargs.pop("prompt_mask", None))
-            with call:
-                return self._run(stack, call, forward, args, kwargs)
-        return self._run(stack, call, forward, args, kwargs)
+        if call is not None and stack.path not in call.runs:
+            return self._run(stack, call, forward, args, kwargs)
+        with self.new_call(prompt_mask=kwargs.pop("prompt_mask", None)) as alone:
+            return self._run(stack, alone, forward, args, kwargs)
 
     def _run(
         self, stack: StackInfo, call: Call, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
@@ -266,7 +264,12 @@ class Interventions(nn.Module, BaseTunerLayer):
         unknown = sorted(set(adapter_names or ()) - set(self.plans) - {"__base__"})
         if unknown:
             raise ValueError(f"unknown adapter {unknown[0]!r} in adapter_names: there are {', '.join(self.plans)}")
-        return entering(self, **({"adapter_names": tuple(adapter_names)} if adapter_names else {}))
+        names = tuple(adapter_names) if adapter_names else None
+        if (
+            scope_of(self).adapters is not None
+        ):  # a call of its own, made while generate runs: by a logits processor, say
+            return entering(self, adapters=None, generation=None, adapter_names=names)
+        return entering(self, adapter_names=names) if names else nullcontext()
 
     def silent(self) -> AbstractContextManager:
         """Within, no node acts."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, make_dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +32,7 @@ class Reading:
 
     @property
     def shown(self) -> Float[Tensor, "batch *slots outputs"]:
-        """As users see it: without the dimension of slots where there is one slot only."""
+        """Return it as users see it: without the dimension of slots where there is one slot only."""
         value = self.reader.shown(self.value)
         if value is not self.value:
             value = value.masked_fill(~self.valid[..., None], 0)
@@ -86,7 +85,7 @@ def extend(
 
 
 def replaced(output: ModelOutput, **values: Any) -> ModelOutput:
-    """The same output with other values in some fields, also in those that `extend` knows."""
+    """Return the same output with other values in some fields, also in those that `extend` knows."""
     known = {f.name: getattr(output, f.name) for f in fields(output)}  # type: ignore[arg-type]
     cls = type(output) if values.keys() <= known.keys() else _extended(type(output))
     return cls(**known | values)
@@ -125,8 +124,13 @@ def _loss(
     return head.loss_of(reading.value, shaped, valid), counts.sum()
 
 
-@cache
+_EXTENDED: dict[type[ModelOutput], type[ModelOutput]] = {}  # no lru_cache, which torch.compile looks through
+
+
 def _extended(cls: type[ModelOutput]) -> type[ModelOutput]:
-    missing: list[Any] = [("loss", Any, None)] if "loss" not in {f.name for f in fields(cls)} else []  # type: ignore[arg-type]
-    missing += [(name, Any, None) for name in FIELDS]
-    return make_dataclass(f"Intervened{cls.__name__}", missing, bases=(cls,))
+    """Return the class of output with our fields; the same one every time."""
+    if cls not in _EXTENDED:
+        own: list[Any] = [("loss", Any, None)] if "loss" not in {f.name for f in fields(cls)} else []  # type: ignore[arg-type]
+        own += [(name, Any, None) for name in FIELDS]
+        _EXTENDED[cls] = make_dataclass(f"Intervened{cls.__name__}", own, bases=(cls,))
+    return _EXTENDED[cls]

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import nn
 
+from reftheads._utils.lazy import cached
 from reftheads.architectures.addresses import Address, locate
 from reftheads.architectures.blocks import reads_other_stack
 from reftheads.architectures.paths import within
@@ -40,17 +40,17 @@ class PlannedNode:
     address: Address
     shape: Shape
 
-    @cached_property
+    @cached
     def edits(self) -> bool:
         """Return whether the node writes; it reads otherwise."""
         return isinstance(self.node.intervention, Edit)
 
-    @cached_property
+    @cached
     def may_use_a_mask(self) -> bool:
         """Return whether its selection may be a mask where there are few tokens: others see a reader's slots."""
         return self.edits and self.node.source is None
 
-    @cached_property
+    @cached
     def sees_other_tokens(self) -> bool:
         """Return whether the module works on the tokens of another stack than the one that runs it."""
         return reads_other_stack(self.address.module)
@@ -99,16 +99,16 @@ class Plan:
         """Return whether all nodes of a stack act on tokens of the prompt alone."""
         return path not in self._beyond_prompts
 
-    @cached_property
+    @cached
     def _beyond_prompts(self) -> frozenset[str]:
         return frozenset(p.address.stack for p in self.nodes if not p.node.positions.in_prompt)
 
-    @cached_property
+    @cached
     def _by_stack(self) -> dict[str, tuple[PlannedNode, ...]]:
         paths = dict.fromkeys(planned.address.stack for planned in self.nodes)
         return {path: tuple(p for p in self.nodes if p.address.stack == path) for path in paths}
 
-    @cached_property
+    @cached
     def targets(self) -> tuple[str, ...]:
         """Return the columns of a batch that the graph's heads are trained on."""
         heads = (planned.node.intervention for planned in self.nodes)

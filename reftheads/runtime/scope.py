@@ -10,18 +10,20 @@ Nothing of a call is kept in the modules that all callers of a model share. Ther
 Both go when their block or call ends, however it ends.
 
 `torch.compile` can look into a slot of a thread, and guards on what it finds there; into a context variable it cannot
-look. So scopes are counted, and a compiled call looks for one only while there are any.
+look. So the scopes that any context still holds are counted, and a compiled call looks for one while there are any.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from reftheads.runtime.output import Reading
@@ -55,18 +57,6 @@ class Scope:
     outer: Scope | None = None
 
 
-class _Opened:
-    """Counts the scopes that are open in any thread."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._lock = threading.Lock()
-
-    def add(self, number: int) -> None:
-        with self._lock:
-            self.count += number
-
-
 class _Thread(threading.local):
     """The call in progress in a thread."""
 
@@ -75,13 +65,15 @@ class _Thread(threading.local):
 
 
 _SCOPE: ContextVar[Scope | None] = ContextVar("reftheads_scope", default=None)
-_OPENED = _Opened()
+_ALIVE: dict[int, None] = {}  # scopes that some context holds; contexts are copied, so one may outlive its block
 _THREAD = _Thread()
 
 
 def scope_of(layer: nn.Module) -> Scope:
     """Return what holds for calls of a model that begin here and now."""
-    return _innermost(layer) if _OPENED.count else Scope(layer)
+    if torch.compiler.is_compiling() and not _ALIVE:
+        return Scope(layer)
+    return _innermost(layer)
 
 
 def _innermost(layer: nn.Module) -> Scope:
@@ -98,20 +90,25 @@ def entering(layer: nn.Module, **changes: Any) -> Iterator[None]:
     Args:
         changes: fields of a `Scope`.
     """
-    _OPENED.add(1)
-    token = _SCOPE.set(replace(_innermost(layer), outer=_SCOPE.get(), **changes))
+    scope = replace(_innermost(layer), outer=_SCOPE.get(), **changes)
+    token = _set(scope)
     try:
         yield
     finally:
         # a generator that is resumed in another context has left this one's behind already
         with suppress(ValueError):
             _SCOPE.reset(token)
-        _OPENED.add(-1)
 
 
 def change_from_here(layer: nn.Module, **changes: Any) -> None:
     """Change what holds for calls of a model within the innermost block that is open."""
-    _SCOPE.set(replace(_innermost(layer), **changes))
+    _set(replace(_innermost(layer), **changes))
+
+
+def _set(scope: Scope) -> Token[Scope | None]:
+    _ALIVE[id(scope)] = None
+    weakref.finalize(scope, _ALIVE.pop, id(scope), None)
+    return _SCOPE.set(scope)
 
 
 @dataclass

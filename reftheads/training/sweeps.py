@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from reftheads._utils.deprecation import deprecate, renamed, reordered
 from reftheads.adapter.model import InterventionModel
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.intervention import Head
@@ -19,49 +20,68 @@ from reftheads.training.trainer import InterventionTrainer, own_rates
 
 @dataclass
 class Trial:
-    """One adapter of a sweep.
+    """Hold what became of one adapter of a sweep.
 
     Attributes:
-        adapter: its name in the model.
+        adapter_name: under which it is in the model.
         learning_rate, seed: what it was trained and begun with.
         losses: its training loss, a mean for every time that the trainer logs.
         eval_loss: its loss on the rows for evaluation; `None` without such rows.
+
+    Example:
+        ```python
+        >>> from reftheads.training import Trial
+        >>> trials = [Trial("trial_0", 1e-2, 0, [0.9, 0.4], 0.5), Trial("trial_1", 1e-3, 0, [0.9, 0.7], 0.8)]
+        >>> min(trials, key=lambda trial: trial.eval_loss).learning_rate
+        0.01
+        ```
     """
 
-    adapter: str
+    adapter_name: str
     learning_rate: float
     seed: int
     losses: list[float] = field(default_factory=list)
     eval_loss: float | None = None
 
+    @property
+    def adapter(self) -> str:
+        """Return `adapter_name`, which replaces it."""
+        deprecate("Trial.adapter", "Trial.adapter_name")
+        return self.adapter_name
 
+
+@reordered("base", "graph", "args", graph=InterventionGraph)
+@renamed(train_dataset="rows", eval_dataset="eval_rows", processing_class="tokenizer")
 def sweep(
     base: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    rows: Any,
     graph: InterventionGraph,
     args: TrainingArguments,
     *,
-    train_dataset: Any,
-    eval_dataset: Any = None,
-    processing_class: PreTrainedTokenizerBase | None = None,
+    eval_rows: Any = None,
     learning_rates: Sequence[float] = (),
     seeds: Sequence[int] = (0,),
     **kwargs: Any,
 ) -> tuple[InterventionModel, list[Trial]]:
-    """Trains the same graph with every learning rate and from every seed, all of them in each step.
+    """Train the same graph with every learning rate and from every seed, all of these trials in each step.
 
-    The rows of a batch are taken once for every trial; what the base model computes of them below and before the
-    graph's cone of influence is recorded once, and above it the trials' rows go through the base model as one
-    batch, each node with its weights stacked. Every trial has its own learning rate, optimiser state and clipping of
-    gradients. Its weights are those of a run of its own with `args.learning_rate` set to its rate, and with the same
-    order of the data; dropout in nodes draws other numbers. A node with `lr` keeps that rate in every trial.
+    What the base model computes of a batch below and before the graph's cone of influence is recorded once. Above it,
+    the rows of all trials go through the base model as one batch, and the weights of each node are stacked. Every trial
+    has its own learning rate, optimiser state and clipping of gradients. Its weights are those of a run of its own with
+    `args.learning_rate` set to its rate, and with the same order of the data; dropout in nodes draws other numbers. A
+    node with `lr` keeps that rate in every trial.
 
-    Where the base model can reuse nothing (see `InterventionModel.plan_summary`) the trials take turns in every
+    Where the base model can reuse nothing (see `InterventionModel.reuse_summary`) the trials take turns in every
     step, with the same result.
 
     Args:
         base: the base model; the graph is compiled into it once for every trial.
+        tokenizer: as the trainer's `processing_class`; `None` where `data_collator` makes the batches.
+        rows: what is learnt, as the trainer's `train_dataset`.
+        graph: what every trial trains.
         args: as for `InterventionTrainer`, with the order of the data by its seed.
-        train_dataset, eval_dataset, processing_class: as for `InterventionTrainer`.
+        eval_rows: by which the trials are compared, as the trainer's `eval_dataset`.
         learning_rates: left out, `args.learning_rate` alone.
         seeds: from which the parameters are made.
         kwargs: go to `InterventionTrainer`, such as `reuse`: an `ActivationStore` serves several sweeps.
@@ -72,6 +92,22 @@ def sweep(
 
     Raises:
         ValueError: no seed.
+
+    Example:
+        ```python
+        >>> import tempfile
+        >>> import reftheads as rh
+        >>> from transformers import TrainingArguments
+        >>> base, tokenizer = rh.load_base("tiny-chat")
+        >>> rows = rh.encode_pairs(tokenizer, ["Tell me about owls."], ["Owls hoot."])
+        >>> graph = rh.InterventionGraph(rh.Node(rh.LoReFT(4), layer=3, positions="l1"))
+        >>> options = {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
+        >>> args = TrainingArguments(tempfile.mkdtemp(), max_steps=2, **options)
+        >>> model, trials = rh.sweep(base, tokenizer, rows, graph, args, learning_rates=[1e-3, 1e-2], seeds=[0, 1])
+        {'train_runtime': ...}
+        >>> [(trial.adapter_name, trial.learning_rate, trial.seed) for trial in trials][1:3]
+        [('trial_1', 0.001, 1), ('trial_2', 0.01, 0)]
+        ```
     """
     rates = list(learning_rates) or [args.learning_rate]
     trials = [
@@ -83,45 +119,44 @@ def sweep(
     for trial in trials:
         torch.manual_seed(trial.seed)
         if model is None:
-            model = InterventionModel(base, graph, adapter_name=trial.adapter)
+            model = InterventionModel(base, graph, adapter_name=trial.adapter_name)
         else:
-            model.add_adapter(trial.adapter, graph)
+            model.add_adapter(trial.adapter_name, graph)
     assert model is not None
-    trainer = _SweepTrainer(
-        model, args, trials, train_dataset=train_dataset, processing_class=processing_class, **kwargs
-    )
+    trainer = _SweepTrainer(model, args, trials, train_dataset=rows, processing_class=tokenizer, **kwargs)
     trainer.train()
     trainer.note_losses()
-    for trial in trials if eval_dataset is not None else ():
-        model.set_adapter(trial.adapter)
-        trial.eval_loss = trainer.evaluate(eval_dataset)["eval_loss"]
+    for trial in trials if eval_rows is not None else ():
+        model.set_adapter(trial.adapter_name)
+        trial.eval_loss = trainer.evaluate(eval_rows)["eval_loss"]
     best = min(trials, key=lambda trial: trial.losses[-1] if trial.eval_loss is None else trial.eval_loss)
-    model.set_adapter(best.adapter)
+    model.set_adapter(best.adapter_name)
     return model, trials
 
 
 class _SweepTrainer(InterventionTrainer):
-    """Trains all adapters of a model at once, every one as if it were alone."""
+    """Train all adapters of a model at once, every one as if it were alone."""
 
     def __init__(self, model: InterventionModel, args: TrainingArguments, trials: Sequence[Trial], **kwargs: Any):
-        model.tuner.layer.set_adapter([trial.adapter for trial in trials])
+        model.tuner.layer.set_adapter([trial.adapter_name for trial in trials])
         super().__init__(model, args, **kwargs)
         self.trials = trials
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         self._counted = 0
 
-    def _own(self, trial: Trial) -> dict[str, nn.Parameter]:
-        prefix = f"base_model.model.interventions.rh_nodes.{trial.adapter}."
+    def _parameters_of(self, trial: Trial) -> dict[str, nn.Parameter]:
+        prefix = f"base_model.model.interventions.rh_nodes.{trial.adapter_name}."
         return {name: p for name, p in self.model.named_parameters() if name.startswith(prefix) and p.requires_grad}
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         decayed = set(self.get_decay_parameter_names(self.model))
-        groups = [
-            {"params": parameters, "lr": trial.learning_rate, "weight_decay": decay}
-            for trial in self.trials
-            for decays, decay in ((True, self.args.weight_decay), (False, 0.0))
-            if (parameters := [p for name, p in self._own(trial).items() if (name in decayed) == decays])
-        ]
+        groups = []
+        for trial in self.trials:
+            named = self._parameters_of(trial)
+            for names, decay in ((decayed, self.args.weight_decay), (named.keys() - decayed, 0.0)):
+                parameters = [p for name, p in named.items() if name in names]
+                if parameters:
+                    groups.append({"params": parameters, "lr": trial.learning_rate, "weight_decay": decay})
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[arg-type]
         self.optimizer = kind(groups, **options)
         own_rates(self.optimizer, self.model)
@@ -130,7 +165,7 @@ class _SweepTrainer(InterventionTrainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         limit = self.args.max_grad_norm
         nodes = self.model.tuner.layer.rh_nodes
-        norms = [self.accelerator.clip_grad_norm_(nodes[t.adapter].parameters(), limit) for t in self.trials]
+        norms = [self.accelerator.clip_grad_norm_(nodes[t.adapter_name].parameters(), limit) for t in self.trials]
         return torch.stack([torch.as_tensor(norm) for norm in norms]).max()
 
     def compute_loss(
@@ -146,8 +181,8 @@ class _SweepTrainer(InterventionTrainer):
         losses = self._together(model, inputs, rows, num_items_in_batch)
         if losses is None:
             losses = {
-                trial.adapter: super(_SweepTrainer, self).compute_loss(
-                    model, {**inputs, "adapter_names": [trial.adapter] * rows}, False, num_items_in_batch
+                trial.adapter_name: super(_SweepTrainer, self).compute_loss(
+                    model, {**inputs, "adapter_names": [trial.adapter_name] * rows}, False, num_items_in_batch
                 )
                 for trial in self.trials
             }
@@ -162,8 +197,8 @@ class _SweepTrainer(InterventionTrainer):
     def _together(
         self, model: nn.Module, inputs: dict[str, Any], rows: int, num_items: Tensor | int | None
     ) -> dict[str, Tensor] | None:
-        """The loss of every trial from one pass; `None` where the base model can reuse nothing."""
-        names = [trial.adapter for trial in self.trials]
+        """Return the loss of every trial from one pass; `None` where the base model can reuse nothing."""
+        names = [trial.adapter_name for trial in self.trials]
         with self._reusing(model, inputs):
             if self._replay is None or self._replay.eligibility.why_plain() is not None or len(names) == 1:
                 return None
@@ -177,14 +212,13 @@ class _SweepTrainer(InterventionTrainer):
         scale = self.current_gradient_accumulation_steps if options else 1
         losses = {}
         for name in names:
-            heads = [
-                head.weighted(out.losses[key], out.counts[key], self.model.node(str(node.name), name).stored()) / scale
-                for node in self.model.plan(name).graph
-                if isinstance(head := node.intervention, Head)
-                and (key := f"{name}/{node.name}") in (out.get("losses") or {})
-            ]
-            own = [] if out.get("adapter_loss") is None else [out.adapter_loss[name]]
-            losses[name] = torch.stack([*own, *heads]).sum()
+            parts = [] if out.get("adapter_loss") is None else [out.adapter_loss[name]]
+            for node in self.model.plan(name).graph:
+                head, key = node.intervention, f"{name}/{node.name}"
+                if isinstance(head, Head) and key in (out.get("losses") or {}):
+                    stored = self.model.node(str(node.name), name).stored()
+                    parts.append(head.weighted(out.losses[key], out.counts[key], stored) / scale)
+            losses[name] = torch.stack(parts).sum()
         return losses
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -195,8 +229,8 @@ class _SweepTrainer(InterventionTrainer):
         super().log(logs, *args, **kwargs)
 
     def note_losses(self) -> None:
-        """Gives every trial its mean loss of the steps since the last time."""
+        """Give every trial its mean loss of the steps since the last time."""
         steps = self.state.global_step - self._counted
         for trial in self.trials if steps else ():
-            trial.losses.append(float(self._sums.pop(trial.adapter)) / steps)
+            trial.losses.append(float(self._sums.pop(trial.adapter_name)) / steps)
         self._counted = self.state.global_step

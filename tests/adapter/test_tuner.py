@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support.models import WIDTH, random_ids, randomise, tiny_gpt2, tiny_llama, tiny_t5
 
 import reftheads as rh
-from reftheads.adapter.tuner import _add_peft_type
+from reftheads.adapter.config import _add_peft_type
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft and transformers warn of each other's deprecations
 
@@ -166,7 +166,7 @@ def test_add_adapter_of_transformers_trains_the_same_graph():
 
 @pytest.mark.parametrize("make, lm", [(tiny_gpt2, True), (tiny_t5, False)])
 def test_other_architectures_load_as_well(tmp_path, make, lm):
-    graph = rh.InterventionGraph.over([0, -1], rh.LoReFT(rank=2), "all")
+    graph = rh.InterventionGraph.over(rh.LoReFT(rank=2), [0, -1], "all")
     given = {"input_ids": IDS} if lm else {"input_ids": IDS, "decoder_input_ids": IDS[:, :3]}
     model = rh.InterventionModel(make(), graph)
     randomise(model)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reftheads as rh
+from reftheads.graph import Tokens
 from reftheads.graph.site import BLOCK_COMPONENTS, HEAD_COMPONENTS
 
 _LAYERS = st.integers(-40, 40)
@@ -96,9 +97,9 @@ def test_made_up_names_are_unique_and_leave_given_ones_alone(first, second):
     st.lists(_LAYERS, min_size=1, max_size=5, unique=True), _REFT, st.sampled_from(["f7+l7", "l1", "f2+l3", "3+l1+0"])
 )
 def test_over_makes_a_node_a_layer_and_untied_a_node_a_layer_and_part(layers, intervention, positions):
-    tied = rh.InterventionGraph.over(layers, intervention, positions)
+    tied = rh.InterventionGraph.over(intervention, layers, positions)
     assert [(n.site.layer, n.positions.text) for n in tied] == [(layer, positions) for layer in layers]
-    untied = rh.InterventionGraph.over(layers, intervention, positions, tied=False, name="x")
+    untied = rh.InterventionGraph.over(intervention, layers, positions, tied=False, name="x")
     parts = positions.split("+")
     assert [(n.site.layer, n.positions.text.split(" ")[0]) for n in untied] == [(la, p) for la in layers for p in parts]
     assert all(n.intervention == intervention for n in (*tied, *untied))
@@ -107,16 +108,16 @@ def test_over_makes_a_node_a_layer_and_untied_a_node_a_layer_and_part(layers, in
 
 
 def test_untied_parts_of_a_capped_sum_stay_capped():
-    graph = rh.InterventionGraph.over([0], rh.LoReFT(rank=1), "f7+l7", tied=False, name="x")
+    graph = rh.InterventionGraph.over(rh.LoReFT(rank=1), [0], "f7+l7", tied=False, name="x")
     assert graph.names == ("x_0_f7", "x_0_l7")
-    tokens = rh.Tokens.of((1, 5))
+    tokens = Tokens.of((1, 5))
     first, last = (node.positions.mask(tokens) for node in graph)
     assert first[0].tolist() == [True, True, False, False, False]  # half of five is two
     assert last[0].tolist() == [False, False, False, True, True]
 
 
 def test_over_takes_any_argument_of_a_node():
-    graph = rh.InterventionGraph.over(range(2), rh.LoReFT(rank=1), component="query_output", head=1, share="one")
+    graph = rh.InterventionGraph.over(rh.LoReFT(rank=1), range(2), component="query_output", head=1, share="one")
     assert [node.site.head for node in graph] == [1, 1]
     assert {node.key for node in graph} == {"one"}
     assert graph.names == ("loreft_0_query_output_head1", "loreft_1_query_output_head1")
@@ -144,7 +145,7 @@ def test_adding_graphs_keeps_the_order_and_refuses_a_name_in_both():
 
 def test_two_graphs_over_the_same_layers_need_names():
     def over(**options):
-        return rh.InterventionGraph.over(range(2), rh.LoReFT(rank=1), **options)
+        return rh.InterventionGraph.over(rh.LoReFT(rank=1), range(2), **options)
 
     with pytest.raises(ValueError, match="'loreft_0' twice: .* by name=… of Node or of InterventionGraph.over"):
         over() + over(positions="l1")

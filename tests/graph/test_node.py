@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from support.models import WIDTH, random_ids, tiny_llama
 from torch import nn
 
 import reftheads as rh
-from reftheads.graph.intervention import Constant, Intervention, read_dtype
+from reftheads.graph import Constant, Edit, Head, Intervention, Reader, Shape
+from reftheads.graph.intervention import read_dtype
 
 
 @dataclass(frozen=True)
-class Amplify(rh.Edit):
+class Amplify(Edit):
     """h ↦ h · (1 + strength · g), with a learned g for every feature."""
 
     strength: float = 1.0
@@ -79,7 +81,7 @@ def test_a_source_that_nobody_would_look_at_is_refused():
 
 def test_a_type_of_ones_own_may_read_a_source_or_do_without():
     @dataclass(frozen=True)
-    class Nudge(rh.Edit):
+    class Nudge(Edit):
         reads_source = True
 
         def parameters(self, shape):
@@ -133,14 +135,28 @@ def test_a_constant_is_a_copy_of_what_was_given():
     assert repr(constant) == "Constant(3)" and repr(Constant(1.0)) == "Constant(scalar)"
 
 
-@pytest.mark.parametrize("name", ["int8", "float33", "nn", 32, torch.float32])
-def test_a_dtype_is_the_name_of_a_float_type(name):
+@pytest.mark.parametrize("name", ["int8", "float33", "nn", 32, torch.int8])
+def test_a_dtype_is_a_float_type_or_its_name(name):
     with pytest.raises(ValueError, match="dtype must be the name of a torch float type such as 'float32'"):
         read_dtype(name)
-    assert read_dtype("bfloat16") is torch.bfloat16
+    assert read_dtype("bfloat16") is torch.bfloat16 and read_dtype(torch.bfloat16) is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "make",
+    [partial(rh.LoReFT, 4), partial(rh.LoRA, 4), rh.ScaleAndBias, partial(rh.LinearHead, 2)],
+)
+def test_a_type_of_torch_is_kept_by_its_name(make):
+    intervention = make(dtype=torch.bfloat16)
+    assert intervention == make(dtype="bfloat16") and intervention.dtype == "bfloat16"
+    graph = rh.InterventionGraph(rh.Node(intervention, layer=0, name="a"))
+    assert rh.InterventionGraph.from_dict(json.loads(json.dumps(graph.to_dict()))) == graph
+    assert next(iter(intervention.parameters(Shape(8, 8)).values())).dtype is torch.bfloat16
+    with pytest.raises(ValueError, match="or the type itself, got torch.int8"):
+        make(dtype=torch.int8)
 
 
 def test_the_abstract_kinds_cannot_be_made():
-    for kind in (Intervention, rh.Edit, rh.Reader, rh.Head):
+    for kind in (Intervention, Edit, Reader, Head):
         with pytest.raises(TypeError, match="abstract"):
             kind()  # type: ignore[abstract]

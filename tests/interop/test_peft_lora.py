@@ -29,8 +29,8 @@ def tiny_phi3() -> tf.Phi3ForCausalLM:
 GRAPHS = {
     "llama, one rank": (
         tiny_llama,
-        rh.InterventionGraph.over(range(3), rh.LoRA(rank=2, alpha=4), component="query_output")
-        + rh.InterventionGraph.over(range(3), rh.LoRA(rank=2, alpha=4), component="value_output"),
+        rh.InterventionGraph.over(rh.LoRA(rank=2, alpha=4), range(3), component="query_output")
+        + rh.InterventionGraph.over(rh.LoRA(rank=2, alpha=4), range(3), component="value_output"),
     ),
     "llama, mixed ranks, a path and one head": (
         tiny_llama,
@@ -44,7 +44,7 @@ GRAPHS = {
     ),
     "llama, shared": (
         tiny_llama,
-        rh.InterventionGraph.over(range(3), rh.LoRA(rank=2, alpha=4), component="query_output", share="one"),
+        rh.InterventionGraph.over(rh.LoRA(rank=2, alpha=4), range(3), component="query_output", share="one"),
     ),
     "gpt2, fused columns": (
         tiny_gpt2,
@@ -129,18 +129,18 @@ def test_merged_weights_do_what_the_nodes_did(name, double, tolerance):
 def test_any_adapter_can_be_written_or_merged_by_its_name(tmp_path):
     ids = random_ids()
     model = trained("llama, one rank")
-    second = rh.InterventionGraph.over(range(3), rh.LoRA(rank=3), component="mlp_output")
+    second = rh.InterventionGraph.over(rh.LoRA(rank=3), range(3), component="mlp_output")
     model.add_adapter("second", second)
     model.set_adapter("second")
     model.double().eval()
     randomise(model, seed=5)
     expected = model(ids).logits
     model.set_adapter("default")
-    to_peft_lora(model, tmp_path, adapter="second")
+    to_peft_lora(model, tmp_path, adapter_name="second")
     torch.testing.assert_close(read_by_peft(tiny_llama, tmp_path)(ids).logits, expected, **EXACT)
-    torch.testing.assert_close(merge_lora(model, adapter="second")(ids).logits, expected, **EXACT)
+    torch.testing.assert_close(merge_lora(model, adapter_name="second")(ids).logits, expected, **EXACT)
     with pytest.raises(KeyError, match="nobody"):
-        to_peft_lora(trained("llama, one rank"), tmp_path, adapter="nobody")
+        to_peft_lora(trained("llama, one rank"), tmp_path, adapter_name="nobody")
 
 
 # --- what PEFT trained ---

@@ -343,6 +343,7 @@ def test_configs_are_copied_compared_and_read_from_json_values():
     assert graph_of([asdict(config)], tiny_llama()) == graph_of([config], tiny_llama())
 
 
+@pytest.mark.slow
 def test_heads_of_many_kinds_make_one_graph_that_is_saved_and_read_by_another_process(tmp_path):
     size = {"in_size": WIDTH}
     number = {"loss_fct": "mse", "is_regression": True}

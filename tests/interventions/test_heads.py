@@ -11,6 +11,7 @@ from support.models import VOCAB, WIDTH, random_ids, randomise, tiny_gpt2, tiny_
 from torch import Tensor
 
 import reftheads as rh
+from reftheads.graph import Context, Shape
 
 EXACT = {"atol": 1e-10, "rtol": 0}
 NAN = math.nan
@@ -166,14 +167,14 @@ def test_a_head_without_bias_is_linear():
     node = with_head(rh.LinearHead(3, bias=False)).node("head")
     assert set(node.stored()) == {"W"}
     h = torch.randn(2, 5, WIDTH, dtype=torch.float64)
-    torch.testing.assert_close(node(None, h, rh.Context()), h @ node.W.T)
+    torch.testing.assert_close(node(None, h, Context()), h @ node.W.T)
 
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_a_readers_own_read_need_not_know_of_detach(detach):
     node = with_head(rh.LinearHead(3, detach=detach)).node("head")
     h = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
-    node(None, h, rh.Context()).sum().backward()
+    node(None, h, Context()).sum().backward()
     assert (h.grad is None) == detach
 
 
@@ -419,7 +420,7 @@ def test_a_pool_is_no_source_since_it_sees_later_tokens():
 
 
 def test_the_last_map_of_an_mlp_can_lack_its_bias():
-    made = rh.MLPHead(3, hidden=8, layers=2, output_bias=False).parameters(rh.Shape(WIDTH))
+    made = rh.MLPHead(3, hidden=8, layers=2, output_bias=False).parameters(Shape(WIDTH))
     assert list(made) == ["W0", "b0", "W1", "b1", "W2"]
 
 

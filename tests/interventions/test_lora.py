@@ -7,6 +7,7 @@ import transformers as tf
 from support.models import WIDTH, random_ids, randomise, tiny_gpt2, tiny_llama, weighted
 
 import reftheads as rh
+from reftheads.graph import Context
 from reftheads.graph.intervention import Shape
 from reftheads.runtime.node_module import NodeModule
 
@@ -69,10 +70,10 @@ def test_dropout_acts_on_what_enters_the_module_in_training_only():
     h, x = torch.randn(2, 2, 5, WIDTH)
     p = node.stored()
     torch.manual_seed(1)
-    trained = lora.edit(p, h, rh.Context(x=x, training=True))
+    trained = lora.edit(p, h, Context(x=x, training=True))
     torch.manual_seed(1)
     torch.testing.assert_close(trained, h + F.dropout(x, 0.5) @ p["A"].T @ p["B"].T)
-    torch.testing.assert_close(lora.edit(p, h, rh.Context(x=x)), h + x @ p["A"].T @ p["B"].T)
+    torch.testing.assert_close(lora.edit(p, h, Context(x=x)), h + x @ p["A"].T @ p["B"].T)
 
 
 def test_two_nodes_on_one_module_add_up():

@@ -13,6 +13,7 @@ from support.paths import ROOT
 from torch import Tensor, nn
 
 import reftheads as rh
+from reftheads.graph import Context, Edit
 from reftheads.graph.intervention import Shape
 from reftheads.interventions.reft import orthonormalise
 from reftheads.runtime.node_module import NodeModule
@@ -153,7 +154,7 @@ def test_init_identity_changes_nothing(kind):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_init_identity_changes_nothing_when_many_nodes_are_derived_together(dtype):
-    graph = rh.InterventionGraph.over(range(3), rh.LoReFT(rank=4, init="identity", dtype=dtype))
+    graph = rh.InterventionGraph.over(rh.LoReFT(rank=4, init="identity", dtype=dtype), range(3))
     model = rh.InterventionModel(tiny_llama().to(getattr(torch, dtype)), graph).eval()
     ids = random_ids()
     edited = model(ids).logits
@@ -195,10 +196,10 @@ def test_dropout_acts_on_the_edited_states_in_training_and_never_in_eval(kind):
     node = NodeModule(intervention, Shape(WIDTH))
     h = torch.randn(2, 5, WIDTH)
     p = {**node.stored(), **intervention.derive(node.stored())}
-    undropped = plain.edit(p, h, rh.Context(training=True))
-    assert torch.equal(intervention.edit(p, h, rh.Context(training=False)), undropped)
+    undropped = plain.edit(p, h, Context(training=True))
+    assert torch.equal(intervention.edit(p, h, Context(training=False)), undropped)
     torch.manual_seed(7)
-    dropped = intervention.edit(p, h, rh.Context(training=True))
+    dropped = intervention.edit(p, h, Context(training=True))
     torch.manual_seed(7)
     assert torch.equal(dropped, F.dropout(undropped, 0.5, training=True))
 
@@ -266,7 +267,7 @@ def test_nodes_that_share_use_one_module_whose_gradient_is_the_sum():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_prefix_and_suffix_use_one_set_of_parameters_if_tied_and_two_if_not(tied):
-    graph = rh.InterventionGraph.over([LAYER], rh.LoReFT(rank=2), positions="f2+l3", tied=tied, name="n")
+    graph = rh.InterventionGraph.over(rh.LoReFT(rank=2), [LAYER], positions="f2+l3", tied=tied, name="n")
     assert len(graph) == (1 if tied else 2)
     model = rh.InterventionModel(tiny_llama(), graph).double().eval()
     randomise(model)
@@ -318,7 +319,7 @@ def train(node: NodeModule, steps: int, seed: int = 0) -> None:
     optimiser = torch.optim.AdamW(node.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(steps):
         optimiser.zero_grad()
-        out = node(None, h[None].to(node.dtype), rh.Context()).float()
+        out = node(None, h[None].to(node.dtype), Context()).float()
         (out - target).square().mean().backward()
         optimiser.step()
 
@@ -404,7 +405,7 @@ def test_letters_are_read_and_assigned(dtype):
     h = torch.randn(1, 3, WIDTH, dtype=dtype)
     expected = h.clone()
     expected[..., :2] = h.sum(-1, keepdim=True) + torch.tensor([1.0, 2.0], dtype=dtype)
-    torch.testing.assert_close(node(None, h, rh.Context()), expected)
+    torch.testing.assert_close(node(None, h, Context()), expected)
 
 
 @pytest.mark.parametrize(
@@ -457,14 +458,14 @@ def test_edits_are_those_of_the_interventions_of_pyreft(intervention):
     node = NodeModule(intervention, Shape(WIDTH)).double()
     h = torch.randn(2, 5, WIDTH, dtype=torch.float64)
     twin = pyreft_twin(intervention, {name: value.detach() for name, value in node.stored().items()})
-    torch.testing.assert_close(node(None, h, rh.Context()), twin(h), **EXACT)
+    torch.testing.assert_close(node(None, h, Context()), twin(h), **EXACT)
 
 
 @pytest.mark.parametrize("kind", FORMULAS)
 def test_a_whole_forward_pass_is_that_of_pyreft(kind):
     pyreft = pytest.importorskip("pyreft")
     layers, columns = (0, 2), [0, 1, 5, 6]
-    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph.over(layers, kind(rank=3), "f2+l2", name="n"))
+    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph.over(kind(rank=3), layers, "f2+l2", name="n"))
     model.double().eval()
     randomise(model)
     twins = [pyreft_twin(kind(rank=3), model.node(f"n_{layer}").stored()) for layer in layers]
@@ -486,11 +487,11 @@ def test_a_whole_forward_pass_is_that_of_pyreft(kind):
 # --- a type of one's own ---
 
 
-def documented_type() -> type[rh.Edit]:
+def documented_type() -> type[Edit]:
     """The example in docs/nodes.md, under a name that no other test uses."""
     text = (ROOT / "docs" / "nodes.md").read_text(encoding="utf-8")
     code = text[text.index("@dataclass") : text.index("\n\n\nbase, ")].replace("Amplify", "Documented")
-    names = {"__name__": __name__, "dataclass": dataclass, "Edit": rh.Edit, "nn": nn, "torch": torch}
+    names = {"__name__": __name__, "dataclass": dataclass, "Edit": Edit, "nn": nn, "torch": torch}
     exec(code, names)
     return names["Documented"]  # type: ignore[return-value]
 

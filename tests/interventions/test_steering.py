@@ -96,7 +96,7 @@ def test_only_what_is_learned_is_trainable_and_given_numbers_are_saved(intervent
 
 def test_nodes_made_from_one_vector_are_trained_apart():
     vector = VECTOR.clone()
-    graph = rh.InterventionGraph.over(range(LAYERS), rh.Steering(vector=vector, trainable=True), name="n")
+    graph = rh.InterventionGraph.over(rh.Steering(vector=vector, trainable=True), range(LAYERS), name="n")
     model = rh.InterventionModel(tiny_llama(), graph)
     with torch.no_grad():
         dict(model.node("n_0").named_parameters())["v"].zero_()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,10 +87,10 @@ def hidden(model, rows, layer):
 def test_each_probe_is_what_it_would_be_alone(head):
     rows = rows_of(label=is_last_big)
     together = model_of(*nodes(head))
-    found = rh.fit_probes(together, rows, TOKENIZER, **QUICK)
+    found = rh.fit_probes(together, TOKENIZER, rows, **QUICK)
     for layer in range(3):
         alone = model_of(*nodes(head, [layer]))
-        own = rh.fit_probes(alone, rows, TOKENIZER, **QUICK)
+        own = rh.fit_probes(alone, TOKENIZER, rows, **QUICK)
         name = f"probe_{layer}"
         for key, value in weights(alone, name)[name].items():
             torch.testing.assert_close(weights(together, name)[name][key], value, atol=1e-5, rtol=1e-4)
@@ -100,7 +101,7 @@ def test_a_lone_probe_is_a_plain_linear_map_trained_by_adamw():
     rows = sorted(rows_of(label=is_last_big), key=lambda row: -len(row["input_ids"]))  # as they are recorded
     model = model_of(*nodes(HEAD, [1]))
     parts = targets.parts_of(model.plan().nodes, {"label": targets.Column.of(HEAD, rows)}, 60, 0, 0.2, 0.1, [3])[0]
-    found = rh.fit_probes(model, rows, TOKENIZER, seeds=(3,), epochs=6, patience=6, lr=1e-2, batch_size=16)
+    found = rh.fit_probes(model, TOKENIZER, rows, seeds=(3,), epochs=6, patience=6, lr=1e-2, batch_size=16)
 
     x = torch.stack([h[-1] for h in hidden(model, rows, 1)])
     y = torch.tensor([row["label"] for row in rows])
@@ -130,7 +131,7 @@ def test_a_lone_probe_is_a_plain_linear_map_trained_by_adamw():
 def test_the_weights_in_the_model_are_those_that_were_judged():
     rows, held_out = rows_of(label=is_last_big), rows_of(30, seed=5, label=is_last_big)
     model = model_of(*nodes(HEAD), *nodes(rh.MLPHead(2, "label", hidden=4), [1], prefix="mlp"))
-    found = rh.fit_probes(model, rows, TOKENIZER, eval_rows=held_out, **QUICK)
+    found = rh.fit_probes(model, TOKENIZER, rows, eval_rows=held_out, **QUICK)
     guesses = rh.predict(model, TOKENIZER, held_out)
     truth = torch.tensor([row["label"] for row in held_out])
     for probe in found:
@@ -154,7 +155,7 @@ def test_it_sees_what_the_head_sees_whatever_the_padding(base, positions, pool, 
 
     rows = rows_of(label=target)
     model = model_of(*nodes(rh.LinearHead(1, "label", "mse", pool=pool), [1], positions), base=base)
-    rh.fit_probes(model, rows, TOKENIZER, method="closed", seeds=(0,), eval_rows=rows, recording_batch_size=7)
+    rh.fit_probes(model, TOKENIZER, rows, method="closed", seeds=(0,), eval_rows=rows, recording_batch_size=7)
     x = torch.cat([by_row(h, row, positions, pool) for h, row in zip(hidden(model, rows, 1), rows, strict=True)])
     x = x.double().numpy()
     y = np.concatenate([np.atleast_1d(row["label"]) for row in rows])
@@ -177,7 +178,7 @@ def test_an_edit_below_a_probe_acts_and_stays_as_it_is():
             with torch.no_grad():
                 shown = model(torch.tensor([rows[item]["input_ids"]])).predictions[name][0]
                 torch.testing.assert_close(F.linear(x, head.W, head.b), shown, atol=1e-5, rtol=1e-4)
-    rh.fit_probes(model, rows, TOKENIZER, **QUICK)
+    rh.fit_probes(model, TOKENIZER, rows, **QUICK)
     assert all(torch.equal(before[key], value) for key, value in weights(model, "edit")["edit"].items())
 
 
@@ -186,7 +187,7 @@ def test_nothing_above_the_deepest_head_runs_and_the_base_runs_once():
     calls = {i: 0 for i in range(3)}
     for i, block in enumerate(model.get_base_model().model.layers):
         block.register_forward_pre_hook(lambda module, args, i=i: calls.__setitem__(i, calls[i] + 1))
-    rh.fit_probes(model, rows_of(label=is_last_big), TOKENIZER, recording_batch_size=20, **QUICK)
+    rh.fit_probes(model, TOKENIZER, rows_of(label=is_last_big), recording_batch_size=20, **QUICK)
     assert calls == {0: 3, 1: 3, 2: 0}
 
 
@@ -194,21 +195,21 @@ def test_a_store_spares_the_second_call_the_model():
     rows, store, found = rows_of(label=is_last_big), rh.ActivationStore(), []
     for _ in range(2):
         model = model_of(*nodes(HEAD))
-        found.append(rh.fit_probes(model, rows, TOKENIZER, store=store, **QUICK)["probe_2"].score)
+        found.append(rh.fit_probes(model, TOKENIZER, rows, store=store, **QUICK)["probe_2"].score)
     assert found[0] == found[1] and store.hits == 3 * len(rows) and store.misses == 3 * len(rows)
 
 
 def test_seeds_side_by_side_have_their_own_first_weights_and_parts():
     rows = rows_of(label=is_last_big)
     found = [
-        rh.fit_probes(model_of(*nodes(HEAD, [2])), rows, TOKENIZER, **QUICK | {"seeds": s}) for s in [(0, 1), (1, 0)]
+        rh.fit_probes(model_of(*nodes(HEAD, [2])), TOKENIZER, rows, **QUICK | {"seeds": s}) for s in [(0, 1), (1, 0)]
     ]
     (a, b), (c, d) = (probes["probe_2"].score.values for probes in found)
     parts = targets.parts_of([], {}, 60, 0, 0.2, 0.1, [0, 1])
     assert not torch.equal(parts[0], parts[1]) and (a, b) != (b, a)
     # the order of the batches is the first seed's, so that only closed forms agree to the last digit
     found = [
-        rh.fit_probes(model_of(*nodes(HEAD, [2])), rows, TOKENIZER, method="closed", seeds=s) for s in [(0, 1), (1, 0)]
+        rh.fit_probes(model_of(*nodes(HEAD, [2])), TOKENIZER, rows, method="closed", seeds=s) for s in [(0, 1), (1, 0)]
     ]
     assert found[0]["probe_2"].score.values == found[1]["probe_2"].score.values[::-1]
 
@@ -227,8 +228,8 @@ def test_a_control_task_that_the_type_gives_away_is_memorised_by_all_that_see_th
     elsewhere = rh.Node(HEAD, component="embedding_output", positions="f1", name="blind")
     found = rh.fit_probes(
         model_of(embedding, elsewhere),
-        rows,
         TOKENIZER,
+        rows,
         control="last",
         seeds=(0, 1, 2),
         lr=3e-2,
@@ -287,9 +288,9 @@ def test_several_targets_at_one_site_are_one_product_and_rows_without_a_target_d
     stacks = list(stacks_of(seen, columns, rows, None, (0,), 16))
     assert [tuple(stack.y.shape) for stack in stacks] == [(3, 2, 90), (3, 1, 60)]
     assert len({one.x.data_ptr() for one in seen[:6]}) == 3
-    found = rh.fit_probes(model, rows, TOKENIZER, **QUICK)
-    alone = rh.fit_probes(model_of(*nodes(heads[1], [2], prefix="b")), rows, TOKENIZER, eval_rows=rows, **QUICK)
-    again = rh.fit_probes(model, rows, TOKENIZER, eval_rows=rows, **QUICK)
+    found = rh.fit_probes(model, TOKENIZER, rows, **QUICK)
+    alone = rh.fit_probes(model_of(*nodes(heads[1], [2], prefix="b")), TOKENIZER, rows, eval_rows=rows, **QUICK)
+    again = rh.fit_probes(model, TOKENIZER, rows, eval_rows=rows, **QUICK)
     assert len(found) == 9 and again["b_2"].score.values != again["a_2"].score.values
     assert alone["b_2"].target == "b"
 
@@ -301,8 +302,8 @@ def test_closed_forms_of_classes_are_where_the_gradient_of_the_penalised_loss_is
     model = model_of(*nodes(head, [1]))
     rh.fit_probes(
         model,
-        rows,
         TOKENIZER,
+        rows,
         method="closed",
         strength=0.05,
         seeds=(0,),
@@ -327,7 +328,7 @@ def test_gradient_descent_comes_to_where_the_closed_form_is():
     closed, descent = {"method": "closed", "strength": 1e-9}, {"epochs": 400, "lr": 1e-2, "batch_size": 100}
     for options in (closed, descent | {"validation": 0, "weight_decay": 0.0}):
         model = model_of(*nodes(rh.LinearHead(1, "label", "mse", pool="mean"), [0], "all"))
-        rh.fit_probes(model, rows, TOKENIZER, seeds=(0,), eval_rows=rows, **options)
+        rh.fit_probes(model, TOKENIZER, rows, seeds=(0,), eval_rows=rows, **options)
         found.append(torch.cat([model.node("probe_0").W.detach()[0], model.node("probe_0").b.detach()]))
     assert found[0].abs().max() > 1
     torch.testing.assert_close(found[1], found[0], atol=0.02, rtol=0.02)
@@ -337,7 +338,7 @@ def test_numbers_are_judged_by_their_r2():
     rows = rows_of(80, label=lambda i, ids: float(ids[-1]))
     held_out = rows_of(20, seed=4, label=lambda i, ids: float(ids[-1]))
     model = model_of(*nodes(rh.LinearHead(1, "label", "huber"), [0]))
-    probe = rh.fit_probes(model, rows, TOKENIZER, eval_rows=held_out, lr=0.1, seeds=(0,), epochs=80)["probe_0"]
+    probe = rh.fit_probes(model, TOKENIZER, rows, eval_rows=held_out, lr=0.1, seeds=(0,), epochs=80)["probe_0"]
     guess = rh.predict(model, TOKENIZER, held_out)["probe_0"][:, 0]
     truth = [row["label"] for row in held_out]
     assert probe.metric == "r2" and probe.score.mean == pytest.approx(r2_score(truth, guess.numpy()), abs=1e-4)
@@ -351,7 +352,7 @@ def test_labels_of_which_some_are_missing_count_where_they_are_given():
     rows = rows_of(80, label=labels)
     head = rh.LinearHead(2, "label", "multi_label")
     model = model_of(*nodes(head, [0]))
-    probe = rh.fit_probes(model, rows, TOKENIZER, eval_rows=rows, lr=1e-2, seeds=(0,), epochs=5)["probe_0"]
+    probe = rh.fit_probes(model, TOKENIZER, rows, eval_rows=rows, lr=1e-2, seeds=(0,), epochs=5)["probe_0"]
     guess = rh.predict(model, TOKENIZER, rows)["probe_0"] > 0
     right = [
         [
@@ -379,10 +380,10 @@ def test_a_probe_that_stops_early_keeps_its_best_weights_while_others_go_on():
     easy = rh.Node(HEAD, component="embedding_output", positions="l1", name="easy")
     options = {"lr": 3e-3, "epochs": 40, "patience": 2, "seeds": (0,)}
     together = model_of(hard, easy)
-    found = rh.fit_probes(together, rows, TOKENIZER, **options)
+    found = rh.fit_probes(together, TOKENIZER, rows, **options)
     assert found["hard"].epochs.mean + 2 < found["easy"].epochs.mean
     alone = model_of(hard)
-    rh.fit_probes(alone, rows, TOKENIZER, **options)
+    rh.fit_probes(alone, TOKENIZER, rows, **options)
     torch.testing.assert_close(alone.node("hard").W, together.node("hard").W, atol=1e-5, rtol=1e-4)
 
 
@@ -401,7 +402,7 @@ def test_an_encoder_decoder_is_probed_as_a_whole():
     rows = rows_of(40, label=is_last_big, labels=lambda i, ids: ids)
     node = rh.Node(rh.LinearHead(2, "label", pool="mean"), 1, stack="encoder", name="probe")
     model = model_of(node, base=tiny_bart)
-    found = rh.fit_probes(model, rows, TOKENIZER, **QUICK)
+    found = rh.fit_probes(model, TOKENIZER, rows, **QUICK)
     assert len(found["probe"].score.values) == 2
 
 
@@ -413,7 +414,7 @@ def test_the_results_are_written_as_a_table_json_and_a_picture(tmp_path):
         for head in (0, 3)
     ]
     ends = [rh.Node(HEAD, component=c, positions="l1", name=c) for c in ("embedding_output", "final_norm_output")]
-    found = rh.fit_probes(model_of(*nodes(HEAD), *heads, *ends), rows, TOKENIZER, control="last", **QUICK)
+    found = rh.fit_probes(model_of(*nodes(HEAD), *heads, *ends), TOKENIZER, rows, control="last", **QUICK)
     assert [column.header for column in found.table().columns][3:] == [
         "accuracy", "macro_f1", "control", "selectivity", "epochs",
     ]  # fmt: skip
@@ -461,7 +462,7 @@ BAD = [
 def test_what_cannot_be_is_said(says, some, columns, options):
     rows = rows_of(20, **{"label": is_last_big} | columns)
     with pytest.raises(ValueError, match=says):
-        rh.fit_probes(model_of(*some), rows, TOKENIZER, **options)
+        rh.fit_probes(model_of(*some), TOKENIZER, rows, **options)
 
 
 def test_more_than_half_of_the_free_memory_is_refused_before_the_model_runs(monkeypatch):
@@ -469,17 +470,17 @@ def test_more_than_half_of_the_free_memory_is_refused_before_the_model_runs(monk
         available = 2 * 60 * WIDTH * 4 - 1
 
     model = model_of(*nodes(HEAD, [1]))
-    rh.fit_probes(model, rows_of(label=is_last_big), TOKENIZER, **QUICK)
-    monkeypatch.setattr(recording.psutil, "virtual_memory", Free)
+    rh.fit_probes(model, TOKENIZER, rows_of(label=is_last_big), **QUICK)
+    monkeypatch.setattr(psutil, "virtual_memory", Free)
     model.get_base_model().model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("the model has run"))
     with pytest.raises(ValueError, match="of which half may be used"):
-        rh.fit_probes(model, rows_of(label=is_last_big), TOKENIZER, **QUICK)
+        rh.fit_probes(model, TOKENIZER, rows_of(label=is_last_big), **QUICK)
 
 
 def test_a_loss_that_is_not_finite_stops_the_training():
     rows = rows_of(label=lambda i, ids: 1e30 if i == 5 else 0.0)
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        rh.fit_probes(model_of(*nodes(rh.LinearHead(1, "label", "mse"), [1])), rows, TOKENIZER, eval_rows=rows, **QUICK)
+        rh.fit_probes(model_of(*nodes(rh.LinearHead(1, "label", "mse"), [1])), TOKENIZER, rows, eval_rows=rows, **QUICK)
 
 
 def test_heads_come_back_to_the_model_when_recording_fails():
@@ -487,14 +488,14 @@ def test_heads_come_back_to_the_model_when_recording_fails():
     rows = rows_of(label=is_last_big)
     rows[3]["input_ids"] = [VOCAB + 1]
     with pytest.raises(IndexError):
-        rh.fit_probes(model, rows, TOKENIZER)
+        rh.fit_probes(model, TOKENIZER, rows)
     assert model.node("probe_1").intervention == HEAD
 
 
 def test_a_logistic_probe_of_raw_numbers_is_scikit_learns():
     rows = rows_of(80, label=is_last_big)
     model = model_of(*nodes(rh.LinearHead(1, "label", "bce"), [1]))
-    probe = rh.fit_probes(model, rows, TOKENIZER, method="closed", strength=0.1, seeds=(0,), eval_rows=rows)["probe_1"]
+    probe = rh.fit_probes(model, TOKENIZER, rows, method="closed", strength=0.1, seeds=(0,), eval_rows=rows)["probe_1"]
     x = torch.stack([h[-1] for h in hidden(model, rows, 1)]).double().numpy()
     y = [row["label"] for row in rows]
     x = (x - x.mean(0)) / x.std(0)
@@ -524,20 +525,20 @@ def test_several_numbers_are_judged_one_by_one():
     head = rh.LinearHead(2, target="y", loss="mse_of_each")
     rng = np.random.RandomState(0)
     rows = rows_of(y=lambda i, ids: [float(rng.randn()), 100 + float(rng.randn())])
-    found = rh.fit_probes(model_of(*nodes(head, [1])), rows, TOKENIZER, seeds=(0,), epochs=5)["probe_1"]
+    found = rh.fit_probes(model_of(*nodes(head, [1])), TOKENIZER, rows, seeds=(0,), epochs=5)["probe_1"]
     assert found.score.mean < 0.5 and abs(found.second["pearson"].mean) < 0.9  # noise around means that differ
 
 
 def test_a_probe_needs_a_row_to_train_on():
     rows = rows_of(label=lambda i, ids: None)
     with pytest.raises(ValueError, match="no row to train on has a target 'label'"):
-        rh.fit_probes(model_of(*nodes(HEAD, [1])), rows, TOKENIZER, eval_rows=rows_of(6, label=is_last_big))
+        rh.fit_probes(model_of(*nodes(HEAD, [1])), TOKENIZER, rows, eval_rows=rows_of(6, label=is_last_big))
 
 
 def test_a_frozen_head_of_the_same_target_is_left_alone():
     frozen = rh.Node(rh.LinearHead(2, target="label", trainable=False), 0, positions="l1", name="frozen")
     model = model_of(frozen, *nodes(HEAD, [1]))
     before = weights(model, "frozen")
-    rh.fit_probes(model, rows_of(label=is_last_big), TOKENIZER, **QUICK)
+    rh.fit_probes(model, TOKENIZER, rows_of(label=is_last_big), **QUICK)
     assert all(torch.equal(v, before["frozen"][k]) for k, v in model.node("frozen").stored().items())
     assert model.node("frozen").intervention.target == "label"

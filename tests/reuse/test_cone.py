@@ -14,6 +14,7 @@ import reftheads as rh
 from reftheads.architectures.structure import stacks
 from reftheads.graph.site import BLOCK_COMPONENTS
 from reftheads.reuse.cone import Cone
+from reftheads.runtime import compile_graph
 from reftheads.runtime.hooks import attach
 
 BASE = tiny_llama(initializer_range=0.3).double()
@@ -36,7 +37,7 @@ def probe(layer: int | None = None, component: str = "block_output", **where: An
 
 
 def cone_of(*nodes: rh.Node, base: nn.Module = BASE, stack: int = 0) -> Cone:
-    return Cone.of(rh.compile_graph(rh.InterventionGraph(*nodes), base).nodes, stacks(base)[stack])
+    return Cone.of(compile_graph(rh.InterventionGraph(*nodes), base).nodes, stacks(base)[stack])
 
 
 def names(planned: Any) -> list[str]:

@@ -26,6 +26,7 @@ def test_the_same_weights_have_the_same_fingerprint_wherever_they_lie():
     assert of(base) != of(tiny_gpt2())
 
 
+@pytest.mark.slow
 def test_another_process_has_the_same_fingerprint(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     script = f"""
@@ -108,7 +109,7 @@ def test_another_attention_is_another_fingerprint_and_where_a_model_came_from_is
 
 
 def test_what_adapters_hold_does_not_count():
-    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph.over(range(2), rh.LoReFT(rank=2)))
+    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph.over(rh.LoReFT(rank=2), range(2)))
     known = Fingerprint(model.get_base_model())
     before = str(known)
     randomise(model)

@@ -25,7 +25,7 @@ def llama() -> tf.LlamaForCausalLM:
 
 
 def graph(positions: Any, *layers: int, component: str = "block_output") -> rh.InterventionGraph:
-    return rh.InterventionGraph.over(layers, rh.LoReFT(rank=2), positions=positions, component=component)
+    return rh.InterventionGraph.over(rh.LoReFT(rank=2), layers, positions=positions, component=component)
 
 
 GRAPHS = {
@@ -231,7 +231,7 @@ def test_a_model_is_described(case):
 
 def test_what_the_model_prints_is_the_description(capsys):
     model = rh.InterventionModel(llama(), GRAPHS["the last token"]).train()
-    model.plan_summary(batch_of())
+    print(model.reuse_summary(batch_of()))
     assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == described(model, batch_of())
 
 

@@ -170,7 +170,7 @@ def test_entries_live_on_the_device_that_was_asked_for(tmp_path):
 
 
 def test_without_budgets_half_of_what_is_free_is_taken(tmp_path):
-    store = ActivationStore(folder=tmp_path)
+    store = ActivationStore(directory=tmp_path)
     assert 10**6 < store.budget < 10**14 and 10**6 < store.disk_budget < 10**16
 
 
@@ -425,6 +425,7 @@ def test_a_disk_that_is_full_is_an_oserror_that_leaves_no_file(tmp_path, monkeyp
     assert "b" not in store and value(store, "a") == 10 and len(os.listdir(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_a_process_killed_during_put_leaves_nothing_that_is_served_half(tmp_path):
     script = """
 import sys, torch

@@ -130,6 +130,13 @@ def replaying(model: rh.InterventionModel, pause: Pause) -> Answer:
             return call(model)
 
 
+def recording(model: rh.InterventionModel, pause: Pause) -> Answer:
+    """A call that is held up while it records."""
+    with model.reusing(rh.ActivationStore()):
+        with holding(model.get_base_model().model.layers[0], pause, None):
+            return call(model)
+
+
 RUNNING: dict[str, Running] = {
     "generate": between_steps("generate"),
     "generate by rows": between_steps("generate by rows"),
@@ -142,16 +149,17 @@ RUNNING: dict[str, Running] = {
     "call with a prompt mask": between_blocks("call with a prompt mask"),
     "gradients": between_blocks("gradients"),
     "backbone": between_blocks("backbone"),
-    "recording": between_blocks("reusing"),
+    "recording": recording,
     "replaying": replaying,
 }
-KIND = {"heads of what was generated": "generate with heads", "recording": "reusing"}
+KIND = {"heads of what was generated": "generate with heads"}
 
 
 def expected_of(name: str) -> Answer:
     """What a running call gives where nobody disturbs it."""
-    if name == "replaying":
-        return {key[2:]: value for key, value in alone("reusing").items() if key[0] == "2"}
+    if name in ("recording", "replaying"):
+        which = {"recording": "1", "replaying": "2"}[name]
+        return {key[2:]: value for key, value in alone("reusing").items() if key[0] == which}
     return alone(KIND.get(name, name))
 
 

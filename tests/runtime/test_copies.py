@@ -14,7 +14,6 @@ import pytest
 import torch
 from support.calls import (
     BY_ROW,
-    CALLS,
     Answer,
     Pause,
     alone,
@@ -25,6 +24,7 @@ from support.calls import (
     midway,
     rows,
     same,
+    save_answers,
     shared_model,
     tensors,
 )
@@ -95,15 +95,10 @@ def test_a_copy_that_is_made_in_the_middle_of_things_is_as_any_other(
     answers_as_alone(twin)
 
 
-def _answer(model: rh.InterventionModel, file: str) -> None:
-    torch.set_num_threads(1)
-    torch.save({name: function(model) for name, function in CALLS.items()}, file)
-
-
 @pytest.mark.slow
 def test_a_spawned_process_that_is_given_a_model_answers_the_same(tmp_path: Path):
     model, file = shared_model(), tmp_path / "answers"
-    process = multiprocessing.get_context("spawn").Process(target=_answer, args=(model, str(file)))
+    process = multiprocessing.get_context("spawn").Process(target=save_answers, args=(model, str(file)))
     process.start()
     process.join(120)
     process.kill()

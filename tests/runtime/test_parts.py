@@ -15,7 +15,7 @@ import torch
 import transformers as tf
 from support import oracle
 from support.calls import same, tensors
-from support.models import HEADS, LAYERS, VOCAB, WIDTH, random_ids, randomise, tiny_bart, tiny_gpt2, tiny_llama, tiny_t5
+from support.models import random_ids, randomise, tiny_bart, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from torch import Tensor
 
 import reftheads as rh
@@ -23,15 +23,6 @@ import reftheads as rh
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft and transformers warn of each other's deprecations
 
 ROWS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15], [16, 17, 18, 19, 20]]
-
-
-def tiny_bert(cls: Any) -> Any:
-    torch.manual_seed(0)
-    config = tf.BertConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=24,
-        max_position_embeddings=64, pad_token_id=0,
-    )  # fmt: skip
-    return cls(config).eval()
 
 
 @dataclass(frozen=True)

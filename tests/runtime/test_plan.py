@@ -6,6 +6,7 @@ from support.models import HEADS, LAYERS, WIDTH, random_ids, tiny_gpt2, tiny_lla
 
 import reftheads as rh
 from reftheads.graph.site import BLOCK_COMPONENTS
+from reftheads.runtime import compile_graph
 
 
 def probe(layer=None, component="block_output", positions="l1", **rest):
@@ -24,7 +25,7 @@ def test_a_plan_says_module_side_and_width_of_every_node():
         rh.Node(rh.LoReFT(rank=2), layer=1, component="head_output", head=-1, name="head"),
         rh.Node(rh.Collect(), component="model.layers.2.mlp.down_proj", side="input", name="path"),
     )
-    plan = rh.compile_graph(graph, tiny_llama())
+    plan = compile_graph(graph, tiny_llama())
     found = {n: (plan[n].address.module, plan[n].address.side, plan[n].shape.width) for n in graph.names}
     assert found == {
         "block": ("model.layers.2", "output", WIDTH),
@@ -39,7 +40,7 @@ def test_a_plan_says_module_side_and_width_of_every_node():
 def test_compiling_changes_nothing():
     model = tiny_llama()
     names, state = [n for n, _ in model.named_modules()], set(vars(model))
-    rh.compile_graph(rh.InterventionGraph.over(range(3), rh.LoReFT(rank=2)), model)
+    compile_graph(rh.InterventionGraph.over(rh.LoReFT(rank=2), range(3)), model)
     assert [n for n, _ in model.named_modules()] == names and set(vars(model)) == state
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
@@ -57,7 +58,7 @@ def test_the_model_is_walked_once_however_many_nodes_are_placed(times):
     model.named_modules = counted
     places = [{"layer": 1}, {"layer": 0, "component": "query_output"}, {"component": "model.layers.2.mlp"}]
     nodes = [rh.Node(rh.Collect(), **place, name=f"{i}_{j}") for i in range(times) for j, place in enumerate(places)]
-    assert len(rh.compile_graph(rh.InterventionGraph(*nodes), model).nodes) == 3 * times
+    assert len(compile_graph(rh.InterventionGraph(*nodes), model).nodes) == 3 * times
     assert len(walks) == 1
 
 
@@ -74,18 +75,18 @@ def test_a_source_must_run_before_its_reader(layer, components, listed):
         graph = rh.InterventionGraph(*(nodes if listed == "source first" else nodes[::-1]))
         turn = [(at, BLOCK_COMPONENTS.index(c)) for at, c in zip(layer, (first, second), strict=True)]
         if turn[0] < turn[1]:
-            rh.compile_graph(graph, tiny_llama())
+            compile_graph(graph, tiny_llama())
         else:
             with pytest.raises(ValueError) as error:
-                rh.compile_graph(graph, tiny_llama())
+                compile_graph(graph, tiny_llama())
             assert "'gated'" in str(error.value) and "reads 'probe'" in str(error.value)
             assert "runs later: a source must lie before its reader" in str(error.value)
 
 
 def test_at_one_site_the_order_of_the_list_decides():
-    rh.compile_graph(rh.InterventionGraph(probe(1), gated(1)), tiny_llama())
+    compile_graph(rh.InterventionGraph(probe(1), gated(1)), tiny_llama())
     with pytest.raises(ValueError, match="runs later"):
-        rh.compile_graph(rh.InterventionGraph(gated(1), probe(1)), tiny_llama())
+        compile_graph(rh.InterventionGraph(gated(1), probe(1)), tiny_llama())
 
 
 def test_a_pass_agrees_with_the_order_that_compiling_promised():
@@ -95,7 +96,7 @@ def test_a_pass_agrees_with_the_order_that_compiling_promised():
         for second in BLOCK_COMPONENTS:
             model, graph = tiny_llama(), rh.InterventionGraph(probe(1, first), gated(1, second))
             try:
-                rh.compile_graph(graph, model)
+                compile_graph(graph, model)
             except ValueError:
                 continue
             out = rh.InterventionModel(model, graph)(random_ids())
@@ -107,18 +108,18 @@ def test_a_pass_agrees_with_the_order_that_compiling_promised():
 def test_the_embeddings_come_before_all_blocks_and_the_final_norm_after():
     embeddings, norm = {"component": "embedding_output"}, {"component": "final_norm_output"}
     for source, reader in ((embeddings, {"layer": 0}), ({"layer": -1}, norm), (embeddings, norm)):
-        rh.compile_graph(rh.InterventionGraph(probe(**source), gated(**reader)), tiny_llama())
+        compile_graph(rh.InterventionGraph(probe(**source), gated(**reader)), tiny_llama())
         with pytest.raises(ValueError, match="runs later"):
-            rh.compile_graph(rh.InterventionGraph(probe(**reader), gated(**source)), tiny_llama())
+            compile_graph(rh.InterventionGraph(probe(**reader), gated(**source)), tiny_llama())
 
 
 def test_an_encoder_runs_before_its_decoder_whatever_the_layers():
     model = tiny_t5()
     there = rh.InterventionGraph(probe(2, stack="encoder"), gated(0, stack="decoder"))
-    rh.compile_graph(there, model)
+    compile_graph(there, model)
     back = rh.InterventionGraph(probe(0, stack="decoder"), gated(2, stack="encoder"))
     with pytest.raises(ValueError, match=r"at encoder block_output\[2\] reads 'probe' at decoder block_output\[0\]"):
-        rh.compile_graph(back, model)
+        compile_graph(back, model)
     edited = rh.InterventionModel(model, there)
     edited.node("probe").assign(W=torch.zeros(1, WIDTH), b=[0.0])
     ids = random_ids()
@@ -128,7 +129,7 @@ def test_an_encoder_runs_before_its_decoder_whatever_the_layers():
 def test_a_path_whose_place_in_the_block_is_unknown_cannot_be_ordered():
     graph = rh.InterventionGraph(probe(component="model.layers.1.post_attention_layernorm"), gated(2))
     with pytest.raises(ValueError, match="cannot tell whether 'probe' runs before 'gated'.*use a component"):
-        rh.compile_graph(graph, tiny_llama())
+        compile_graph(graph, tiny_llama())
 
 
 # --- what a node needs of its place ------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ def test_a_path_whose_place_in_the_block_is_unknown_cannot_be_ordered():
 @pytest.mark.parametrize("component", ["query_output", "key_output", "value_output", "mlp_output", "attention_output"])
 def test_lora_finds_the_linear_module_of_a_component(component):
     base = tiny_llama()
-    plan = rh.compile_graph(rh.InterventionGraph(rh.Node(rh.LoRA(rank=2), 1, component, name="lora")), base)
+    plan = compile_graph(rh.InterventionGraph(rh.Node(rh.LoRA(rank=2), 1, component, name="lora")), base)
     module = base.get_submodule(plan["lora"].address.module)
     assert isinstance(module, torch.nn.Linear)
     assert (plan["lora"].shape.input_width, plan["lora"].shape.width) == (module.in_features, module.out_features)
@@ -146,21 +147,21 @@ def test_lora_finds_the_linear_module_of_a_component(component):
 @pytest.mark.parametrize("component", ["block_output", "block_input", "mlp_input", "mlp_activation", "head_output"])
 def test_lora_is_refused_where_there_is_no_linear_output(component):
     with pytest.raises(ValueError) as error:
-        rh.compile_graph(rh.InterventionGraph(rh.Node(rh.LoRA(rank=2), 1, component)), tiny_llama())
+        compile_graph(rh.InterventionGraph(rh.Node(rh.LoRA(rank=2), 1, component)), tiny_llama())
     message = str(error.value)
     assert "LoRA acts on the output of a linear module" in message and f"{component}[1]" in message
     assert "query_output" in message and "path of a projection" in message
 
 
 def test_lora_acts_on_the_columns_of_a_fused_projection():
-    plan = rh.compile_graph(rh.InterventionGraph(rh.Node(rh.LoRA(rank=2), 1, "value_output", name="v")), tiny_gpt2())
+    plan = compile_graph(rh.InterventionGraph(rh.Node(rh.LoRA(rank=2), 1, "value_output", name="v")), tiny_gpt2())
     assert plan["v"].address.module == "transformer.h.1.attn.c_attn"
     assert plan["v"].address.columns == range(2 * WIDTH, 3 * WIDTH)
     assert (plan["v"].shape.width, plan["v"].shape.input_width) == (WIDTH, WIDTH)
 
 
 def test_nodes_of_one_width_share_one_set_of_parameters():
-    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph.over(range(3), rh.LoReFT(rank=2), share="all"))
+    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph.over(rh.LoReFT(rank=2), range(3), share="all"))
     assert len({id(model.node(f"loreft_{i}")) for i in range(3)}) == 1
     assert model.get_nb_trainable_parameters()[0] == 2 * WIDTH * 2 + 2
 
@@ -171,7 +172,7 @@ def test_nodes_of_different_widths_cannot_share():
         rh.Node(rh.LoReFT(rank=2), 1, "key_output", name="narrow", share="s"),
     )
     with pytest.raises(ValueError, match="'wide' and 'narrow' share 's', but see 16 and 8 features: share only among"):
-        rh.compile_graph(graph, tiny_llama())
+        compile_graph(graph, tiny_llama())
 
 
 def test_shared_lora_needs_equal_input_widths_too():
@@ -181,7 +182,7 @@ def test_shared_lora_needs_equal_input_widths_too():
         rh.Node(rh.LoRA(rank=2), 1, "mlp_output", name="b", share="s"),
     )
     with pytest.raises(ValueError, match="'a' and 'b' share 's', but see 16 → 16 and 24 → 16 features"):
-        rh.compile_graph(graph, tiny_llama())
+        compile_graph(graph, tiny_llama())
 
 
 def test_an_edit_of_the_residual_stream_may_be_shared_between_modules_of_any_input():
@@ -191,4 +192,4 @@ def test_an_edit_of_the_residual_stream_may_be_shared_between_modules_of_any_inp
         rh.Node(rh.LoReFT(rank=2), 1, "mlp_output", name="b", share="s"),
         rh.Node(rh.LoReFT(rank=2), 1, "block_output", name="c", share="s"),
     )
-    assert len(rh.compile_graph(graph, tiny_llama()).owners()) == 1
+    assert len(compile_graph(graph, tiny_llama()).owners()) == 1

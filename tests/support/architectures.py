@@ -12,23 +12,28 @@ CAUSAL, CLASSIFIER, SEQ2SEQ = (tf.AutoModelForCausalLM, tf.AutoModelForSequenceC
 
 
 def split_qkv(q: Tensor, k: Tensor, v: Tensor, c: "Case") -> list[Tensor]:
+    """Return three projections as [batch tokens heads width]."""
     return [x.view(B, -1, n, c.d) for x, n in ((q, c.heads), (k, c.kv), (v, c.kv))]
 
 
 def contiguous(qkv: Tensor, c: "Case") -> list[Tensor]:
+    """Take apart a projection of all queries, then all keys, then all values."""
     return split_qkv(*qkv.split([c.heads * c.d, c.kv * c.d, c.kv * c.d], dim=-1), c)
 
 
 def interleaved(qkv: Tensor, c: "Case") -> list[Tensor]:
+    """Take apart a projection of query, key and value of one head after the other."""
     return list(qkv.view(B, -1, c.heads, 3, c.d).unbind(dim=-2))
 
 
 def grouped(qkv: Tensor, c: "Case") -> list[Tensor]:
+    """Take apart a projection of groups, each of its queries and the key and value that they share."""
     groups = qkv.view(B, -1, c.kv, c.heads // c.kv + 2, c.d)
     return [groups[..., :-2, :].flatten(2, 3), groups[..., -2, :], groups[..., -1, :]]
 
 
 def multi_query(qkv: Tensor, c: "Case") -> list[Tensor]:
+    """Take apart a projection of all queries and the one key and value that they share."""
     heads = qkv.view(B, -1, c.heads + 2, c.d)
     return [heads[..., :-2, :], heads[..., [-2], :], heads[..., [-1], :]]
 
@@ -67,6 +72,7 @@ class Case:
         return type(self.config).__name__
 
     def path(self, name: str, layer: int = 1) -> str:
+        """Return the path of a module of a block; with an empty name, the block's."""
         return f"{self.block.format(layer)}.{name}".rstrip(".")
 
 
@@ -101,6 +107,7 @@ PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def llama(config: tf.PretrainedConfig, **names: Any) -> Case:
+    """Return a decoder whose modules are named as Llama's are, but for those in `names`."""
     defaults: dict[str, Any] = dict(
         auto=CAUSAL,
         block="model.layers.{}",
@@ -126,6 +133,7 @@ EXPERTS: dict[str, Any] = dict(down=None, mlp_adds="mlp")
 
 
 def bloom(config: tf.PretrainedConfig, **names: Any) -> Case:
+    """Return a decoder whose modules are named as BLOOM's are, but for those in `names`."""
     defaults: dict[str, Any] = dict(
         auto=CAUSAL,
         block="transformer.h.{}",
@@ -142,6 +150,7 @@ def bloom(config: tf.PretrainedConfig, **names: Any) -> Case:
 
 
 def bert(config: tf.PretrainedConfig, block: str, **names: Any) -> Case:
+    """Return an encoder whose modules are named as BERT's are, but for those in `names`."""
     defaults: dict[str, Any] = dict(
         auto=CLASSIFIER,
         qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
@@ -158,6 +167,7 @@ def bert(config: tf.PretrainedConfig, block: str, **names: Any) -> Case:
 
 
 def t5(stack: str, mlp: int, config: tf.PretrainedConfig, **names: Any) -> Case:
+    """Return one stack of a T5; `mlp` is the place of the MLP in its blocks."""
     return Case(
         config,
         auto=SEQ2SEQ,
@@ -175,6 +185,7 @@ def t5(stack: str, mlp: int, config: tf.PretrainedConfig, **names: Any) -> Case:
 
 
 def bart(stack: str, **names: Any) -> Case:
+    """Return one stack of a BART."""
     return Case(
         tf.BartConfig(**BART),
         auto=SEQ2SEQ,
@@ -195,6 +206,7 @@ def bart(stack: str, **names: Any) -> Case:
 
 
 def opt(**config: Any) -> tf.OPTConfig:
+    """Return the configuration of a small OPT."""
     small = {k: v for k, v in SMALL.items() if k != "intermediate_size"}
     return tf.OPTConfig(**small, ffn_dim=48, **config)
 

@@ -165,6 +165,12 @@ CALLS: dict[str, Callable[..., Answer]] = {
 """Every kind of call that callers of one model make."""
 
 
+def save_answers(model: rh.InterventionModel, file: str) -> None:
+    """Write what every kind of call gives to a file, by the name of the kind; for another process."""
+    torch.set_num_threads(1)
+    torch.save({name: function(model) for name, function in CALLS.items()}, file)
+
+
 @cache
 def alone(name: str, adapter: str = "a") -> Answer:
     """Return what a kind of call gives on a fresh model that nobody else calls."""

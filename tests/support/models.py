@@ -85,6 +85,21 @@ def tiny_bart(**options) -> tf.BartForConditionalGeneration:
     return tf.BartForConditionalGeneration(tf.BartConfig(**config | options)).eval()
 
 
+def recurrent_lfm2(**options) -> tf.Lfm2ForCausalLM:
+    """A model of width 16 whose first layer carries a recurrent state, and whose second attends."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"vocab_size": 50} | options
+    return tf.Lfm2ForCausalLM(tf.Lfm2Config(**shape, layer_types=["conv", "full_attention"]))
+
+
+def tiny_bert(cls=tf.BertForSequenceClassification, **options):
+    """A BERT of width 16; a classifier unless another class is given."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return cls(tf.BertConfig(**shape, vocab_size=40, **options))
+
+
 def word_tokenizer() -> tf.PreTrainedTokenizerFast:
     """A word a token: a to z, `</s>`, `<pad>` and the marks of a simple chat template."""
     words = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", "<user>", "<assistant>"]

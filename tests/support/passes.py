@@ -27,10 +27,12 @@ RULES = ["f1", "l1", "f2+l2", "f9", "l3", "all", "prompt", "generated"]
 
 
 def close(got: Tensor, expected: Tensor) -> None:
+    """Assert that two tensors are equal up to the rounding of float64."""
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-10)
 
 
 def base_of(name: str = "llama") -> Any:
+    """Return a tiny base model in float64 whose answers differ."""
     make, _, options = MODELS[name]
     return make(**options).double()
 
@@ -49,6 +51,7 @@ def intervened(base: Any, rule: str) -> rh.InterventionModel:
 
 
 def changes(model: rh.InterventionModel, rule: str, block: str) -> list[tuple[str, oracle.Change]]:
+    """Return the edits of an `intervened` model as the oracle takes them; `block` is a block's path."""
     return [
         (block.format(0), oracle.at(rule, oracle.loreft(model.node("reft")))),
         (block.format(1), oracle.at(rule, oracle.adding(model.node("steer").v.detach()))),
@@ -69,12 +72,14 @@ def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    """Return copies of the gradients that a backward pass has left, and clear them."""
+    copies = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return copies
 
 
 def alike(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Assert that gradients are equal, and none is zero."""
     assert got.keys() == expected.keys() and expected
     assert all(g.abs().max() > 0 for g in expected.values())
     for name in expected:

@@ -27,6 +27,7 @@ def trainer_of(
     options: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> rh.InterventionTrainer:
+    """Return a trainer of `graph` on rows; a column of labels that no head wants is left out."""
     made = base().to(dtype)
     torch.manual_seed(0)
     model = wrap(made, graph).to(dtype)
@@ -47,6 +48,7 @@ def without(rows: Any, name: str) -> Any:
 
 
 def fit(*given: Any, resume: str | None = None, **options: Any) -> rh.InterventionTrainer:
+    """Train by what `trainer_of` gives, and return the trainer."""
     made = trainer_of(*given, **options)
     made.train(resume_from_checkpoint=resume)
     return made
@@ -60,9 +62,11 @@ def apart(one: Any, two: Any) -> float:
 
 
 def store_of(trainer: rh.InterventionTrainer) -> ActivationStore:
+    """Return the store that a training has used."""
     assert trainer._replay is not None and trainer._replay.store is not None
     return trainer._replay.store
 
 
 def losses(trainer: rh.InterventionTrainer, name: str = "loss") -> list[float]:
+    """Return what a training has logged under a name."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]

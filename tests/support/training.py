@@ -53,7 +53,7 @@ def rows_of(tokenizer: Any, prompts: int = 10, seed: int = 0) -> list[dict[str, 
 
 def edits(positions: Any = "l1", **options: Any) -> rh.InterventionGraph:
     """LoReFT at blocks 1 and 2."""
-    return rh.InterventionGraph.over(range(1, 3), rh.LoReFT(rank=2, **options), positions=positions)
+    return rh.InterventionGraph.over(rh.LoReFT(rank=2, **options), range(1, 3), positions=positions)
 
 
 def head(layer: int, name: str, target: str | None = "label") -> rh.Node:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 import reftheads as rh
 from reftheads.reuse.eligibility import Eligibility
 from reftheads.reuse.store import ActivationStore
+from reftheads.training import Trial
 
 RATES, SEEDS = (2e-2, 3e-3), (0, 1)
 
 
 def edits(rank: int = 2, dtype: str = "float32", **options: Any) -> rh.InterventionGraph:
-    return rh.InterventionGraph.over([1, 2], rh.LoReFT(rank=rank, dtype=dtype, **options), positions="l2")
+    return rh.InterventionGraph.over(rh.LoReFT(rank=rank, dtype=dtype, **options), [1, 2], positions="l2")
 
 
 def head(
@@ -65,20 +66,20 @@ class Setting:
     base: Callable[[], Any] = llama
 
     def sweep(self, rates: Sequence[float] = RATES, seeds: Sequence[int] = SEEDS, **options: Any):
-        more = {name: options.pop(name) for name in ("base", "reuse", "eval_dataset") if name in options}
+        more = {name: options.pop(name) for name in ("base", "reuse", "eval_rows") if name in options}
         args = arguments(self.folder / "sweep", **{"logging_steps": 2} | options)
-        given = {"train_dataset": self.rows, "processing_class": self.tokenizer, "reuse": "memory"} | more
-        base = given.pop("base", None) or self.base().to(self.dtype)
-        return rh.sweep(base, self.graph, args, learning_rates=rates, seeds=seeds, **given)
+        base = more.pop("base", None) or self.base().to(self.dtype)
+        more = {"learning_rates": rates, "seeds": seeds, "reuse": "memory"} | more
+        return rh.sweep(base, self.tokenizer, self.rows, self.graph, args, **more)
 
-    def alone(self, trial: rh.Trial, **options: Any) -> rh.InterventionTrainer:
+    def alone(self, trial: Trial, **options: Any) -> rh.InterventionTrainer:
         """The run that a trial stands for, on the plain path."""
-        more = {name: options.pop(name) for name in ("eval_dataset",) if name in options}
+        more = {"eval_dataset": options.pop("eval_rows")} if "eval_rows" in options else {}
         base = self.base().to(self.dtype)
         torch.manual_seed(trial.seed)
         model = rh.InterventionModel(base, self.graph)
         args = arguments(
-            self.folder / trial.adapter, **{"logging_steps": 2} | options | {"learning_rate": trial.learning_rate}
+            self.folder / trial.adapter_name, **{"logging_steps": 2} | options | {"learning_rate": trial.learning_rate}
         )
         given = {"train_dataset": self.rows, "processing_class": self.tokenizer} | more
         trainer = rh.InterventionTrainer(model, args, reuse="off", **given)
@@ -96,9 +97,9 @@ class Setting:
         return runs
 
 
-def apart(model: rh.InterventionModel, trial: rh.Trial, other: rh.InterventionModel) -> float:
+def apart(model: rh.InterventionModel, trial: Trial, other: rh.InterventionModel) -> float:
     """The largest difference between a trial's weights and those of a run of its own, relative to each tensor."""
-    nodes, own = model.tuner.layer.rh_nodes[trial.adapter], other.tuner.layer.rh_nodes["default"]
+    nodes, own = model.tuner.layer.rh_nodes[trial.adapter_name], other.tuner.layer.rh_nodes["default"]
     a, b = (dict(module.named_parameters()) for module in (nodes, own))
     assert a.keys() == b.keys() and a
     return max(float(((a[name] - b[name]).abs().max() / b[name].abs().max()).detach()) for name in a)
@@ -212,7 +213,8 @@ def test_a_gate_and_its_source_are_trained_side_by_side(setting):
 
 def test_one_trial_is_one_run(setting):
     model, [trial] = setting.sweep(rates=(), seeds=[5], learning_rate=7e-3)
-    assert (trial.adapter, trial.learning_rate, trial.seed, model.active_adapter) == ("trial_0", 7e-3, 5, "trial_0")
+    assert (trial.adapter_name, trial.learning_rate, trial.seed) == ("trial_0", 7e-3, 5)
+    assert model.active_adapter == "trial_0"
     assert apart(model, trial, setting.alone(trial).model) < 1e-9
 
 
@@ -243,7 +245,7 @@ def test_trials_that_take_turns_are_runs_of_their_own(setting, monkeypatch, why)
         options["label_smoothing_factor"] = 0.1
     if why == "a loss of the model's own":
         setting.base, setting.rows = t5, encoder_rows(setting.rows)
-        setting.graph = rh.InterventionGraph.over([1, 2], rh.LoReFT(rank=2, dtype="float64"), "f1+l1", stack="encoder")
+        setting.graph = rh.InterventionGraph.over(rh.LoReFT(rank=2, dtype="float64"), [1, 2], "f1+l1", stack="encoder")
     if why != "reuse is off":
         setting.check(1e-9, **options)
         return
@@ -261,18 +263,18 @@ def test_a_sweep_without_seeds_is_an_error(setting):
 
 def test_trials_come_by_rate_and_by_seed_and_the_best_one_is_active(setting, tokenizer):
     evaluated = without(rows_of(tokenizer, 5, seed=1), "label")
-    model, trials = setting.sweep(eval_dataset=evaluated)
-    assert [(t.adapter, t.learning_rate, t.seed) for t in trials] == [
+    model, trials = setting.sweep(eval_rows=evaluated)
+    assert [(t.adapter_name, t.learning_rate, t.seed) for t in trials] == [
         ("trial_0", RATES[0], 0), ("trial_1", RATES[0], 1), ("trial_2", RATES[1], 0), ("trial_3", RATES[1], 1)
     ]  # fmt: skip
     for trial in trials:
-        run = setting.alone(trial, eval_dataset=evaluated)
+        run = setting.alone(trial, eval_rows=evaluated)
         assert trial.eval_loss == pytest.approx(run.evaluate()["eval_loss"], rel=1e-9)
     best = min(trials, key=lambda trial: trial.eval_loss or 0)
-    assert model.active_adapter == best.adapter
-    assert model.tuner.layer.active_adapters == [best.adapter]
+    assert model.active_adapter == best.adapter_name
+    assert model.tuner.layer.active_adapters == [best.adapter_name]
     assert {name.split("rh_nodes.")[1].split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {
-        best.adapter
+        best.adapter_name
     }
     batch = rh.Collator(tokenizer)(evaluated)
     with torch.no_grad():
@@ -282,7 +284,7 @@ def test_trials_come_by_rate_and_by_seed_and_the_best_one_is_active(setting, tok
 def test_the_best_is_that_of_the_last_losses_where_nothing_is_evaluated(setting):
     model, trials = setting.sweep()
     assert all(trial.eval_loss is None for trial in trials)
-    assert model.active_adapter == min(trials, key=lambda trial: trial.losses[-1]).adapter
+    assert model.active_adapter == min(trials, key=lambda trial: trial.losses[-1]).adapter_name
 
 
 @pytest.mark.parametrize(
@@ -315,9 +317,9 @@ def test_adapters_of_a_sweep_are_saved_and_loaded(setting, rows, tokenizer, tmp_
     assert {path.name for path in (tmp_path / "saved").iterdir() if path.is_dir()} == {"trial_1", "trial_2"}
     batch = rh.Collator(tokenizer)(rows)
     for trial in trials[1:3]:
-        loaded = rh.InterventionModel.from_pretrained(llama().double(), tmp_path / "saved" / trial.adapter)
+        loaded = rh.InterventionModel.from_pretrained(llama().double(), tmp_path / "saved" / trial.adapter_name)
         assert apart(model, trial, loaded) == 0
-        model.set_adapter(trial.adapter)
+        model.set_adapter(trial.adapter_name)
         assert torch.equal(model.eval()(**batch).logits, loaded.eval()(**batch).logits)
 
 
@@ -512,10 +514,8 @@ def test_a_node_keeps_its_own_learning_rate_in_every_trial(tokenizer, tmp_path):
     still = rh.Node(rh.LinearHead(2, target="label", lr=0.0), 1, positions="l1", name="still")
     graph = rh.InterventionGraph(rh.Node(rh.LoReFT(rank=2), 1, name="edit"), still)
     args = arguments(tmp_path, max_steps=2)
-    model, _ = rh.sweep(
-        tiny_llama(vocab_size=len(tokenizer)), graph, args, train_dataset=rows, processing_class=tokenizer,
-        learning_rates=(1e-2, 1e-1),
-    )  # fmt: skip
+    base = tiny_llama(vocab_size=len(tokenizer))
+    model, _ = rh.sweep(base, tokenizer, rows, graph, args, learning_rates=(1e-2, 1e-1))
     base = tiny_llama(vocab_size=len(tokenizer))
     torch.manual_seed(0)
     begun = rh.InterventionModel(base, graph)

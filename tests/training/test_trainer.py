@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM, Trainer
 
 import reftheads as rh
 
-EDIT = rh.InterventionGraph.over(range(2), rh.LoReFT(rank=2, dropout=0.1), positions="f1+l1")
-EDIT_WITHOUT_DROPOUT = rh.InterventionGraph.over(range(2), rh.LoReFT(rank=2), positions="f1+l1")
+EDIT = rh.InterventionGraph.over(rh.LoReFT(rank=2, dropout=0.1), range(2), positions="f1+l1")
+EDIT_WITHOUT_DROPOUT = rh.InterventionGraph.over(rh.LoReFT(rank=2), range(2), positions="f1+l1")
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def fit(tokenizer, rows, args, graph=EDIT, trainer=rh.InterventionTrainer, resum
 
 def test_training_lowers_the_loss_and_leaves_the_base_alone(tokenizer, rows, tmp_path):
     before = llama(len(tokenizer), num_hidden_layers=2).state_dict()
-    graph = rh.InterventionGraph.over([1], rh.LoReFT(rank=8), positions="all")
+    graph = rh.InterventionGraph.over(rh.LoReFT(rank=8), [1], positions="all")
     trainer = fit(tokenizer, rows, arguments(tmp_path, max_steps=40, learning_rate=5e-2), graph)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
@@ -60,7 +60,7 @@ def test_the_best_model_is_loaded_at_the_end(tokenizer, rows, tmp_path):
 
 
 def test_plain_trainer_gives_the_same_weights(tokenizer, rows, tmp_path):
-    graph = rh.InterventionGraph.over(range(2), rh.LoReFT(rank=2), positions="l1")
+    graph = rh.InterventionGraph.over(rh.LoReFT(rank=2), range(2), positions="l1")
     ours = weights(fit(tokenizer, rows, arguments(tmp_path / "a"), graph, reuse="off").model)
     plain = weights(fit(tokenizer, rows, arguments(tmp_path / "b"), graph, trainer=Trainer).model)
     assert all(torch.equal(ours[name], plain[name]) for name in ours)
@@ -131,7 +131,7 @@ def test_bf16_training_keeps_parameters_in_float32(tokenizer, rows, tmp_path):
 
 @pytest.mark.parametrize("component", ["block_output", "query_output", "mlp_activation"])
 def test_activation_checkpointing_trains_the_same_weights(tokenizer, rows, tmp_path, component):
-    graph = rh.InterventionGraph.over(range(2), rh.LoReFT(rank=2), positions="f1+l1", component=component)
+    graph = rh.InterventionGraph.over(rh.LoReFT(rank=2), range(2), positions="f1+l1", component=component)
     plain = weights(fit(tokenizer, rows, arguments(tmp_path / "a"), graph).model)
     args = arguments(tmp_path / "b", gradient_checkpointing=True)
     checkpointed = weights(fit(tokenizer, rows, args, graph).model)
