@@ -91,10 +91,12 @@ def _greedy(
     alive, cache = torch.ones(len(rows), dtype=torch.bool, device=model.device), _repeated(begun, len(rows))
     out: list[list[int]] = [[] for _ in rows]
     options = {"past_key_values": cache, "use_cache": True, **_last(model, 1)}
+    # as generate does: a call of the PeftModel would be one of its own, no pass that goes on
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     with _prompts_end(model, mask):
         for _ in range(max_tokens):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            passed = model(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
+            passed = base(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
             ids = passed.logits[:, -1].argmax(-1, keepdim=True)
             alive = alive & ~torch.isin(ids[:, 0], stop)
             for row, token, going in zip(out, ids[:, 0].tolist(), alive.tolist(), strict=True):

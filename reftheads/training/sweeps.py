@@ -15,7 +15,8 @@ from reftheads._utils.deprecation import deprecate, renamed, reordered
 from reftheads.adapter.model import InterventionModel
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.intervention import Head
-from reftheads.training.trainer import InterventionTrainer, own_rates
+from reftheads.training.rates import own_rates
+from reftheads.training.trainer import InterventionTrainer
 
 
 @dataclass

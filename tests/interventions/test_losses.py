@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reftheads.interventions.losses import IGNORE, losses, masked_mean, quantile_loss
+from reftheads.graph.intervention import IGNORE
+from reftheads.interventions.losses import losses, masked_mean, quantile_loss
 
 NAN = math.nan
 
