@@ -10,8 +10,8 @@ from support.models import WIDTH, random_ids, tiny_llama
 from torch import nn
 
 import reftheads as rh
-from reftheads.graph import Edit, Head, Reader
-from reftheads.graph.intervention import Constant, Intervention, Shape, read_dtype
+from reftheads.graph import Constant, Edit, Head, Intervention, Reader, Shape
+from reftheads.graph.intervention import read_dtype
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reftheads as rh
-from reftheads.graph.intervention import Shape
+from reftheads.graph import Context, Shape
 from reftheads.runtime.node_module import NodeModule
 
 
@@ -66,6 +66,6 @@ def test_modules_made_from_one_constant_share_nothing_with_it_or_each_other():
 def test_a_module_derives_alone_what_it_is_not_given():
     node, h = NodeModule(rh.LoReFT(rank=2), Shape(6)), torch.randn(1, 3, 6)
     stored = node.stored()
-    with_r = node({**stored, **node.intervention.derive(stored)}, h, rh.Context())
-    assert torch.equal(node(None, h, rh.Context()), with_r)
+    with_r = node({**stored, **node.intervention.derive(stored)}, h, Context())
+    assert torch.equal(node(None, h, Context()), with_r)
     assert torch.allclose(with_r, h + (h @ node.W.T + node.b - h @ node.R.T) @ node.R, atol=1e-6)

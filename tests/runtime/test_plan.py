@@ -58,7 +58,7 @@ def test_the_model_is_walked_once_however_many_nodes_are_placed(times):
     model.named_modules = counted
     places = [{"layer": 1}, {"layer": 0, "component": "query_output"}, {"component": "model.layers.2.mlp"}]
     nodes = [rh.Node(rh.Collect(), **place, name=f"{i}_{j}") for i in range(times) for j, place in enumerate(places)]
-    assert len(rh.compile_graph(rh.InterventionGraph(*nodes), model).nodes) == 3 * times
+    assert len(compile_graph(rh.InterventionGraph(*nodes), model).nodes) == 3 * times
     assert len(walks) == 1
 
 
