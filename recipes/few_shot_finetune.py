@@ -85,6 +85,7 @@ class Settings:
     max_length: int
     head_lr: float
     stop: float
+    names: str = "rh.preset"  # what modes mean: files from before lora4 and loreft4 meant the presets are refused
 
 
 def load(task: str, data: str, max_length: int) -> fs.Task:

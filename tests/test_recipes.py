@@ -289,6 +289,12 @@ def test_few_shot_fine_tuning_keeps_each_cell_and_repeats_none(tmp_path):
     }
     with pytest.raises(ValueError, match="with {'steps': 3}: take another folder"):
         run("few_shot_finetune.py", *given, "--ks", "0", "--seeds", 0, "--steps", 4)
+    for path in after:  # as files from before the names of modes were those of presets
+        cell = json.loads(Path(path).read_text())
+        del cell["names"]
+        Path(path).write_text(json.dumps(cell))
+    with pytest.raises(ValueError, match="with {'names': None}: take another folder"):
+        run("few_shot_finetune.py", *given, "--ks", "0", "--seeds", 0)
 
 
 def test_in_context_learning_is_measured_by_format_and_order(tmp_path):
