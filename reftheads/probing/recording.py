@@ -90,7 +90,7 @@ def record(
     keys = []
     for p, module, head in zip(planned, modules, heads, strict=True):
         assert isinstance(head, MappingHead)
-        keys.append((p.address, id(p.node.positions), head.pool, module.dtype))
+        keys.append((p.address, p.node.positions, head.pool, module.dtype))
         new = keys[-1] not in sites
         eyes.append(_Eye.of(head, sites.setdefault(keys[-1], []) if new else None))
     _check_memory(planned, keys, rows, model)
