@@ -45,7 +45,7 @@ def load_base(
 
     Raises:
         ValueError: bits other than 4 and 8, or bits together with a `quantization_config`.
-        OSError: nothing of that name, as transformers says it.
+        OSError: transformers finds no model of that name.
 
     Example:
         ```python

@@ -155,7 +155,7 @@ class SavablePeftModel(PeftModel):
             >>> import tempfile
             >>> import reftheads as rh
             >>> base, tokenizer = rh.load_base("tiny-chat")
-            >>> graph = rh.InterventionGraph.over([2, 3], rh.LoReFT(rank=4))
+            >>> graph = rh.InterventionGraph.over(rh.LoReFT(rank=4), [2, 3])
             >>> model = rh.InterventionModel(base, graph)
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     model.save_pretrained(folder)

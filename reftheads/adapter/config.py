@@ -44,7 +44,7 @@ class InterventionConfig(PeftConfig):
         >>> import peft
         >>> import reftheads as rh
         >>> base, tokenizer = rh.load_base("tiny-chat")
-        >>> config = rh.InterventionConfig(graph=rh.InterventionGraph.over([2, 3], rh.LoReFT(rank=4)))
+        >>> config = rh.InterventionConfig(graph=rh.InterventionGraph.over(rh.LoReFT(rank=4), [2, 3]))
         >>> isinstance(peft.get_peft_model(base, config), peft.PeftModel)
         True
         ```

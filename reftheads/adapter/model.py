@@ -45,7 +45,7 @@ class InterventionModel(SavablePeftModel):
         adapter_name: the name under which the parameters are kept.
 
     Raises:
-        ValueError: an address that the model does not have, and everything else that compiling finds.
+        ValueError: an address that the model does not have, or any other mistake in the graph.
             The base model is then as it was.
 
     Example:
@@ -204,7 +204,7 @@ class InterventionModel(SavablePeftModel):
             ```python
             >>> import reftheads as rh
             >>> base, tokenizer = rh.load_base("tiny-chat")
-            >>> graph = rh.InterventionGraph.over([2, 3], rh.LoReFT(rank=4))
+            >>> graph = rh.InterventionGraph.over(rh.LoReFT(rank=4), [2, 3])
             >>> model = rh.InterventionModel(base, graph, adapter_name="formal")
             >>> model.add_adapter("funny", graph)
             >>> model.set_adapter("funny")

@@ -35,7 +35,7 @@ class InterventionTuner(BaseTuner):
         ```python
         >>> import reftheads as rh
         >>> base, tokenizer = rh.load_base("tiny-chat")
-        >>> model = rh.InterventionModel(base, rh.InterventionGraph.over([2, 3], rh.LoReFT(rank=4)))
+        >>> model = rh.InterventionModel(base, rh.InterventionGraph.over(rh.LoReFT(rank=4), [2, 3]))
         >>> model.tuner.model is base, base.interventions is model.tuner.layer
         (True, True)
         >>> model.tuner.unload() is base

@@ -71,7 +71,7 @@ def encode_chat(
     *,
     max_length: int | None = None,
 ) -> list[dict[str, list[int]]]:
-    """Encode every conversation as one row by the tokenizer's chat template; its last answer is learnt.
+    """Encode every conversation as one row by the tokenizer's chat template; only its last answer is trained on.
 
     The prompt is all that comes before this answer, up to and with the template's start of an assistant's turn, just
     as `apply_chat_template(…, add_generation_prompt=True)` gives it to `generate`.

@@ -16,7 +16,7 @@ from reftheads.graph.positions import Positions
 
 @dataclass(frozen=True, init=False)
 class InterventionGraph:
-    """Join nodes to one graph, in the order in which they act where they meet at one site.
+    """Join nodes to one graph; nodes at the same site act in this order.
 
     Nodes without a name get one from their type and site.
 
@@ -26,7 +26,7 @@ class InterventionGraph:
     Raises:
         ValueError: no nodes, a name twice, a source that is missing, does not read or has another number of
             outputs than is needed, a cycle of sources, nodes that share parameters of different definitions,
-            heads that take the numbers of one target for different things.
+            two heads that read one target column as different kinds, such as classes and numbers.
 
     Example:
         ```python

@@ -22,7 +22,8 @@ class Node:
         intervention: what is done, such as `LoReFT(rank=4)`.
         layer, component, head, stack, side: where; see `Site`.
         positions: on which tokens; see `Positions`.
-        name: how `model.node(name)` and outputs call it; made up from type and site if left out.
+        name: how `model.node(name)` and outputs call it; if left out, it is built from the type and the site, as
+            `loreft_8`.
         share: nodes with the same `share` use one set of parameters.
         source: name of a reading node whose output this node gets in the same pass.
 

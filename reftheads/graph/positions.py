@@ -46,7 +46,7 @@ class Positions:
     index beyond the prompt selects nothing.
 
     Rules are equal if they have the same words, or the same token ids; two callables only if they are one object.
-    A rule is a cheap key of a dictionary.
+    Rules can be keys of a dictionary.
 
     Raises:
         ValueError: a rule that cannot be read.

@@ -233,7 +233,8 @@ class MappingHead(Head):
 class LinearHead(MappingHead):
     """Predict by a linear map of the hidden states: W h + b.
 
-    Its options, and what it raises, are those of `MappingHead`.
+    `outputs` is how many numbers it predicts, `target` the column of the batch to learn. `MappingHead` explains the
+    other options and the errors.
 
     Example:
         ```python

@@ -160,7 +160,7 @@ class LowRank(Edit):
 class LoReFT(LowRank):
     """Edit by low-rank linear subspace ReFT: h ↦ h + Rᵀ(Wh + b − Rh), R Rᵀ = I (the paper's equation 2).
 
-    Its options, and what it raises, are those of `LowRank`.
+    `rank` is the number of directions that are edited. `LowRank` explains the other options and the errors.
 
     Example:
         ```python

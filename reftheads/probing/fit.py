@@ -47,10 +47,9 @@ def fit_probes(
     """Train the heads of a graph as probes, all in one pass, and judge them on rows held out.
 
     The model runs once over all rows, no further than to the deepest head. Edits of the graph act as they are; they and
-    the base model are not trained. Every head with a target gets inputs of mean 0 and deviation 1, feature by feature
-    over all rows, which its weights undo in the end; a head without bias gets inputs that are only scaled. Heads with
-    the same options on inputs of one width are trained in the same steps: each comes out as if it had been trained
-    alone.
+    the base model are not trained. Inputs are scaled to mean 0 and deviation 1, feature by feature over all rows; the
+    final weights include that scaling. Without a bias they are only scaled. Heads with the same options on inputs of
+    one width are trained in the same steps: each comes out as if it had been trained alone.
 
     A seed draws which rows are held out, the first weights and the control task. The weights of the first seed, from
     the epoch in which they did best in validation, end up in the model.
@@ -68,7 +67,7 @@ def fit_probes(
             draw: its scores have an interval of 0.
         method: "sgd" is AdamW; "closed" is ridge regression (`mse`, `mse_of_each`) or logistic
             regression (`cross_entropy`, `bce`), by scikit-learn, for a `LinearHead`.
-        lr: learning rate; a head's own counts more.
+        lr: learning rate; a head's own `lr` replaces it.
         weight_decay: as AdamW has it, of all weights.
         epochs: at most.
         patience: after how many epochs without a lower loss in validation a probe stops.
@@ -79,8 +78,8 @@ def fit_probes(
         store: keeps the base model's activations for further calls, in which other heads read the same sites.
 
     Raises:
-        ValueError: a graph without heads to train, heads that need more than fixed inputs, targets that are missing or
-            cannot be, options that do not go together, or activations that would take more than half of the free
+        ValueError: a graph without heads to train, heads that need more than fixed inputs, missing or impossible
+            targets, options that do not go together, or activations that would take more than half of the free
             memory.
         FloatingPointError: a loss that is not finite.
 

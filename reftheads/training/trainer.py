@@ -31,9 +31,8 @@ class InterventionTrainer(SavesBase):
     """Train an `InterventionModel` as `transformers.Trainer` does, with what it needs besides.
 
     * Batches are padded by `Collator`, and keep `prompt_mask` and the heads' target columns.
-    * The loss of a head is a mean over the targets of a batch, and under gradient accumulation and on several devices
-      the mean of these means. Each is logged as `loss_<name>`, and `evaluate` gives each as `eval_loss_<name>`, both
-      means over all targets.
+    * A head's loss is the mean over a batch's targets; under gradient accumulation and on several devices, the mean of
+      these. It is logged as `loss_<name>`, and by `evaluate` as `eval_loss_<name>`; both are means over all targets.
     * With `predict_with_generate`, the prompts alone are fed, and what is generated from them is compared.
     * A node with its own learning rate, such as `LinearHead(…, lr=1e-3)`, gets its own parameter group.
     * Checkpoints hold the base model's weights too, in a folder `base`, if any of them is trained.
@@ -66,7 +65,7 @@ class InterventionTrainer(SavesBase):
         >>> import reftheads as rh
         >>> from transformers import TrainingArguments
         >>> base, tokenizer = rh.load_base("tiny-chat")
-        >>> model = rh.InterventionModel(base, rh.InterventionGraph.over([3], rh.LoReFT(rank=4), positions="l1"))
+        >>> model = rh.InterventionModel(base, rh.InterventionGraph.over(rh.LoReFT(rank=4), [3], positions="l1"))
         >>> rows = rh.encode_pairs(tokenizer, ["Hi!"] * 8, ["hello"] * 8)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     args = TrainingArguments(folder, max_steps=5, learning_rate=0.01, report_to="none", disable_tqdm=True)
