@@ -1,7 +1,7 @@
 """What the site shows beyond the pages in docs/.
 
-READMEs, CONTRIBUTING, CHANGELOG, recipes and notebooks become pages, the names that `reftheads` exports a table. Links in all
-pages are written for the repository, and turned here into links between pages of the site.
+READMEs, CONTRIBUTING, CHANGELOG, recipes and notebooks become pages, the names that `reftheads` exports a table. Links
+in all pages are written for the repository, and turned here into links between pages of the site.
 """
 
 import json

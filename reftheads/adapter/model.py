@@ -124,6 +124,8 @@ class InterventionModel(SavablePeftModel):
         """
         if not isinstance(replay, Replay):
             replay = self.replay(replay)
+        elif not replay.facts.hold(self.get_base_model(), self.tuner.layer):  # of what this model was before
+            replay = self.replay(replay.store)
         with entering(self.tuner.layer, replay=replay):
             yield replay
 
@@ -131,8 +133,9 @@ class InterventionModel(SavablePeftModel):
     def disable_adapter(self) -> Iterator[None]:
         """Switch the graph off within the block: the base model answers, bit for bit.
 
-        It holds, as `torch.no_grad` does, for calls made by the thread or coroutine that entered the block; calls of
-        others, and calls that have begun before, go on as they are.
+        It holds, as `torch.no_grad` does, for calls made by the thread or coroutine that entered the block. Calls of
+        others, and calls that have begun before, go on as they are. A thread that is started within the block enters
+        one of its own, or runs in `contextvars.copy_context()`.
         """
         with self.tuner.layer.silent():
             yield
@@ -186,7 +189,7 @@ class InterventionModel(SavablePeftModel):
             ValueError: a model in which nothing can be reused, since it has no one stack of blocks.
         """
         base, known = self.get_base_model(), self._known
-        if known is None or not known.facts.hold(base):
+        if known is None or not known.facts.hold(base, self.tuner.layer):
             fingerprint = known.facts.fingerprint if known is not None and known.facts.base is base else None
             known = self._known = Replay(Facts.of(base, self.tuner.layer, fingerprint))
         return known.kept_in(store)

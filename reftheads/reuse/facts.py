@@ -69,9 +69,9 @@ class Facts:
             tuple(base.modules()),
         )
 
-    def hold(self, base: nn.Module) -> bool:
+    def hold(self, base: nn.Module, layer: Interventions) -> bool:
         """Return whether they are of this model, as it is now."""
-        return base is self.base and tuple(base.modules()) == self.modules
+        return base is self.base and layer is self.layer and tuple(base.modules()) == self.modules
 
     @cached
     def causal(self) -> bool:

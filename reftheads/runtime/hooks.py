@@ -5,8 +5,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -41,12 +43,27 @@ class Around:
     def __init__(self, module: nn.Module, name: str, around: Callable[[Callable, tuple, dict[str, Any]], Any]):
         self.module = module
         self.name = name
-        self.around = around
-        self.before = module.__dict__.get(name)  # what stood in for it already, such as a hook of accelerate
-        module.__dict__[name] = self
+        self.around: Callable[[Callable, tuple, dict[str, Any]], Any] | None = around
+        self.before: Any = None  # what stood in for it already, such as a hook of accelerate
+        self.take_place()
+
+    def take_place(self) -> None:
+        """Stand in for the method, above whatever does so already."""
+        self.before = self.module.__dict__.get(self.name)
+        self.module.__dict__[self.name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.around is None:  # it was removed while something else stood above it
+            return self.method(*args, **kwargs)
         return self.around(self.method, args, kwargs)
+
+    @property
+    def lost(self) -> bool:
+        """Whether a call of the method goes by another way, since somebody has given the module an older one."""
+        current: Any = self.module.__dict__.get(self.name)
+        while current is not None and current is not self:
+            current = current.before if isinstance(current, Around) else getattr(current, "__wrapped__", None)
+        return current is None
 
     @property
     def method(self) -> Callable[..., Any]:
@@ -57,13 +74,25 @@ class Around:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.method)
 
+    @property
+    def __code__(self) -> Any:  # torch.export asks for it
+        return inspect.unwrap(getattr(type(self.module), self.name)).__code__
+
     def remove(self) -> None:
-        """Give the method its place back, unless something else has taken it meanwhile and keeps this."""
+        """Give the method its place back; where something else stands above this and keeps it, it does nothing more."""
+        self.around = None
         if self.module.__dict__.get(self.name) is not self:
             return
         del self.module.__dict__[self.name]
         if self.before is not None:
             self.module.__dict__[self.name] = self.before
+
+
+def take_places_again(holds: Iterable[Iterable[Any]]) -> None:
+    """Let what stands in for methods do so again where others have given these back, as accelerate's hooks do."""
+    for hold in () if torch.compiler.is_compiling() else chain.from_iterable(holds):
+        if isinstance(hold, Around) and hold.lost:
+            hold.take_place()
 
 
 class Done(Exception):

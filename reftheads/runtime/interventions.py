@@ -27,7 +27,7 @@ from reftheads.architectures.structure import StackInfo, arguments
 from reftheads.runtime.acting import touch
 from reftheads.runtime.checkpointing import KeepCall
 from reftheads.runtime.frame import BaseKind, frame_of
-from reftheads.runtime.hooks import Around, attach
+from reftheads.runtime.hooks import Around, attach, take_places_again
 from reftheads.runtime.output import extend
 from reftheads.runtime.passes import Acting, Generation, HookKey, NodeKey, Run, by_name
 from reftheads.runtime.plan import Plan
@@ -63,7 +63,7 @@ class Interventions(nn.Module, BaseTunerLayer):
     @property
     def weight(self) -> Tensor:
         """There is none: PEFT's other layers wrap one, and would look for it here without end."""
-        raise AttributeError("interventions wrap no layer and have no weight of their own")
+        raise AttributeError("interventions wrap no layer and have no weight")
 
     bias = weight
 
@@ -101,6 +101,7 @@ class Interventions(nn.Module, BaseTunerLayer):
         for hold in [hold for holds in self.holds.values() for hold in holds][::-1]:
             hold.remove()
         self.holds.clear()
+        self.plans.clear()
         for module in (m for modules in self._checkpointing.values() for m in modules):
             function = getattr(module, "_gradient_checkpointing_func", None)
             if isinstance(function, KeepCall):
@@ -132,15 +133,15 @@ class Interventions(nn.Module, BaseTunerLayer):
             self.holds[None] = [Around(base, "forward", self.around_base)]
         for place, path in places.items():
             if place not in self.holds:
-                module = base.get_submodule(place[0])
-                self.holds[place] = [attach(module, place[1], partial(self._touch, path, place))]
+                self.holds[place] = [attach(base.get_submodule(place[0]), place[1], partial(self._touch, path, place))]
 
     def hold_blocks(self, stack: StackInfo, base: nn.Module) -> None:
         """Let the blocks of a stack give what a run has in their place, where it has; see `Replayed`."""
         for i, path in enumerate(stack.blocks):
-            if (place := (path, "forward")) not in self.holds:
-                block = base.get_submodule(path)
-                self.holds[place] = [Around(block, "forward", partial(self._around_block, stack.path, i))]
+            place = (path, "forward")
+            if place not in self.holds:
+                around = partial(self._around_block, stack.path, i)
+                self.holds[place] = [Around(base.get_submodule(path), "forward", around)]
 
     # --- a call of the base model -------------------------------------------------------------------------
 
@@ -167,9 +168,7 @@ class Interventions(nn.Module, BaseTunerLayer):
         ours = {"prompt_mask", *(name for plan in self.plans.values() for name in plan.targets)} & kwargs.keys()
         targets = {name: kwargs[name] for name in ours if kwargs[name] is not None}
         kwargs = {name: value for name, value in kwargs.items() if name not in ours} if ours else kwargs
-        labels = kwargs.get("labels")
-        if labels is None and args:
-            labels = _named(self._argument_names[None], args).get("labels")
+        labels = (_named(self._argument_names[None], args) | kwargs).get("labels")
         run = kwargs.pop(RUN, None)
         call = self.new_call(labels=labels, prompt_mask=targets.pop("prompt_mask", None), targets=targets)
         with call:
@@ -264,6 +263,7 @@ class Interventions(nn.Module, BaseTunerLayer):
         unknown = sorted(set(adapter_names or ()) - set(self.plans) - {"__base__"})
         if unknown:
             raise ValueError(f"unknown adapter {unknown[0]!r} in adapter_names: there are {', '.join(self.plans)}")
+        take_places_again(self.holds.values())
         names = tuple(adapter_names) if adapter_names else None
         if (
             scope_of(self).adapters is not None

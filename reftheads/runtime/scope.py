@@ -2,25 +2,26 @@
 
 Nothing of a call is kept in the modules that all callers of a model share. There are two carriers:
 
-* a `Scope` says what holds for the calls made within a `with` block, such as `disable_adapter()`, or within one
-  `generate`. It lives in a context variable, so that threads and coroutines do not see each other's;
+* a `Block` says what holds for the calls made within a `with` block, such as `disable_adapter()`, or within one
+  `generate`. Blocks live in a context variable, so that threads and coroutines do not see each other's; what all
+  blocks around a call say together is its `Scope`;
 * a `Call` is one call of a base model: what it was given, which adapters act in it, the runs of its stacks and what
-  they read. A forward pass begins and ends in one thread, so it lives in a slot of that thread.
+  they read. A forward pass begins and ends in one thread, so it lies in a slot of that thread.
 
-Both go when their block or call ends, however it ends.
+Both go when their block or call ends, however it ends. A block that has ended holds nowhere, also not in contexts
+that were copied from within it; a generator may end it in another thread than the one that began it.
 
 `torch.compile` can look into a slot of a thread, and guards on what it finds there; into a context variable it cannot
-look. So the scopes that any context still holds are counted, and a compiled call looks for one while there are any.
+look. So open blocks are listed, and a compiled call looks for its own while there are any.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar, Token
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +46,6 @@ class Scope:
         disabled: whether no node acts.
         generation: what `generate` started from, within it.
         replay: what computes a call in the model's place, within `reusing`.
-        outer: the scope around this one, which may be another model's.
     """
 
     layer: nn.Module
@@ -54,7 +54,23 @@ class Scope:
     disabled: bool = False
     generation: Generation | None = None
     replay: Any = None
-    outer: Scope | None = None
+
+
+@dataclass(eq=False)
+class Block:
+    """A `with` block that says something of the calls of one model.
+
+    Attributes:
+        layer: the interventions of that model.
+        changes: fields of a `Scope` that are other than around the block.
+        outer: the block around this one, which may be another model's.
+        over: whether it has ended.
+    """
+
+    layer: nn.Module
+    changes: dict[str, Any]
+    outer: Block | None
+    over: bool = False
 
 
 class _Thread(threading.local):
@@ -64,23 +80,28 @@ class _Thread(threading.local):
         self.call: Call | None = None
 
 
-_SCOPE: ContextVar[Scope | None] = ContextVar("reftheads_scope", default=None)
-_ALIVE: dict[int, None] = {}  # scopes that some context holds; contexts are copied, so one may outlive its block
+_BLOCK: ContextVar[Block | None] = ContextVar("reftheads_block", default=None)
+_OPEN: dict[int, None] = {}  # blocks of any thread, by id
 _THREAD = _Thread()
 
 
 def scope_of(layer: nn.Module) -> Scope:
     """Return what holds for calls of a model that begin here and now."""
-    if torch.compiler.is_compiling() and not _ALIVE:
+    if torch.compiler.is_compiling() and not _OPEN:
         return Scope(layer)
-    return _innermost(layer)
+    changes: dict[str, Any] = {}
+    for block in _blocks_of(layer):
+        changes = block.changes | changes  # what an inner block says counts more
+    return Scope(layer, **changes)
 
 
-def _innermost(layer: nn.Module) -> Scope:
-    scope = _SCOPE.get()
-    while scope is not None and scope.layer is not layer:
-        scope = scope.outer
-    return Scope(layer) if scope is None else scope
+def _blocks_of(layer: nn.Module) -> Iterator[Block]:
+    """Yield the open blocks of a model around what runs here, the innermost first."""
+    block = _BLOCK.get()
+    while block is not None:
+        if block.layer is layer and not block.over:
+            yield block
+        block = block.outer
 
 
 @contextmanager
@@ -90,25 +111,24 @@ def entering(layer: nn.Module, **changes: Any) -> Iterator[None]:
     Args:
         changes: fields of a `Scope`.
     """
-    scope = replace(_innermost(layer), outer=_SCOPE.get(), **changes)
-    token = _set(scope)
+    block = Block(layer, changes, _BLOCK.get())
+    _OPEN[id(block)] = None
+    _BLOCK.set(block)
     try:
         yield
     finally:
-        # a generator that is resumed in another context has left this one's behind already
-        with suppress(ValueError):
-            _SCOPE.reset(token)
+        block.over = True
+        del _OPEN[id(block)]
+        innermost = _BLOCK.get()
+        while innermost is not None and innermost.over:
+            innermost = innermost.outer
+        _BLOCK.set(innermost)
 
 
 def change_from_here(layer: nn.Module, **changes: Any) -> None:
     """Change what holds for calls of a model within the innermost block that is open."""
-    _set(replace(_innermost(layer), **changes))
-
-
-def _set(scope: Scope) -> Token[Scope | None]:
-    _ALIVE[id(scope)] = None
-    weakref.finalize(scope, _ALIVE.pop, id(scope), None)
-    return _SCOPE.set(scope)
+    block = next(_blocks_of(layer))
+    block.changes = block.changes | changes
 
 
 @dataclass

@@ -368,9 +368,8 @@ def test_a_thread_that_is_started_with_the_context_of_a_coroutine_goes_on_in_it(
 
     async def main() -> tuple[Answer, Answer]:
         with model.disable_adapter():
-            within = asyncio.create_task(asyncio.to_thread(generate, model))
-            await asyncio.sleep(0)
-        return await within, await asyncio.to_thread(generate, model)
+            within = await asyncio.create_task(asyncio.to_thread(generate, model))
+        return within, await asyncio.to_thread(generate, model)
 
     within, after = asyncio.run(main())
     same(within, alone("disabled"))
