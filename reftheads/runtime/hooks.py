@@ -95,6 +95,16 @@ def take_places_again(holds: Iterable[Iterable[Any]]) -> None:
             hold.take_place()
 
 
+def refuse_lost(holds: Iterable[Iterable[Any]]) -> None:
+    """Raise `RuntimeError` if others have given a method back that was stood in for: its calls would miss the graph."""
+    for hold in () if torch.compiler.is_compiling() else chain.from_iterable(holds):
+        if isinstance(hold, Around) and hold.lost:
+            raise RuntimeError(
+                f"{hold.name!r} of a {type(hold.module).__name__} was replaced after a graph was compiled into the "
+                "model, such as by hooks of accelerate that were removed: call the PeftModel, which takes hold again"
+            )
+
+
 class Done(Exception):
     """Ends a pass of which all that was wanted is known."""
 

@@ -27,7 +27,7 @@ from reftheads.architectures.structure import StackInfo, arguments
 from reftheads.runtime.acting import touch
 from reftheads.runtime.checkpointing import KeepCall
 from reftheads.runtime.frame import BaseKind, frame_of
-from reftheads.runtime.hooks import Around, attach, take_places_again
+from reftheads.runtime.hooks import Around, attach, refuse_lost, take_places_again
 from reftheads.runtime.output import extend
 from reftheads.runtime.passes import Acting, Generation, HookKey, NodeKey, Run, by_name
 from reftheads.runtime.plan import Plan
@@ -151,13 +151,13 @@ class Interventions(nn.Module, BaseTunerLayer):
         Args:
             what: labels, prompt_mask and targets, as in `Call`.
         """
+        refuse_lost(self.holds.values())
         scope = scope_of(self)
-        within = scope.adapters is not None  # generate has begun before
         return Call(
             layer=self,
             adapters=scope.adapters if scope.adapters is not None else tuple(self.active_adapters),
             adapter_names=scope.adapter_names,
-            disabled=scope.disabled or (not within and self.disable_adapters),
+            disabled=scope.disabled or (scope.adapters is None and self.disable_adapters),
             training=self.training,
             generation=scope.generation,
             **what,
@@ -232,7 +232,7 @@ class Interventions(nn.Module, BaseTunerLayer):
     # --- a call of a module -------------------------------------------------------------------------------
 
     def _touch(self, stack: str, place: HookKey, h: Tensor, x: Tensor) -> Tensor | None:
-        call = call_of(self)
+        call = call_of(self) or refuse_lost(self.holds.values())
         run = None if call is None else call.runs.get(stack)
         return None if run is None or place not in run.acting else touch(run, place, h, x)
 

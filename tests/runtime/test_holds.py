@@ -61,6 +61,22 @@ def test_hooks_of_accelerate_come_and_go(when):
     same(answers(model), expected)
 
 
+@pytest.mark.parametrize("what", ["the model", "its stack", "both"])
+def test_a_base_that_lost_its_graph_refuses_calls_until_the_peft_model_is_called(what):
+    base = tiny_llama()
+    hooked = {"the model": [base], "its stack": [base.model], "both": [base, base.model]}[what]
+    for module in hooked:
+        add_hook_to_module(module, ModelHook())
+    model = intervened(base)
+    expected = answers(model)
+    for module in hooked:
+        remove_hook_from_module(module)
+    with pytest.raises(RuntimeError, match="was replaced after a graph was compiled into the model"):
+        base(input_ids=IDS)
+    same(answers(model), expected)
+    same(answers(base), expected)
+
+
 def test_blocks_give_what_a_run_holds_after_others_took_their_methods_back():
     base = tiny_llama()
     hook(base)
