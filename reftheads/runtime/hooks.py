@@ -90,19 +90,24 @@ class Around:
 
 def take_places_again(holds: Iterable[Iterable[Any]]) -> None:
     """Let what stands in for methods do so again where others have given these back, as accelerate's hooks do."""
-    for hold in () if torch.compiler.is_compiling() else chain.from_iterable(holds):
-        if isinstance(hold, Around) and hold.lost:
-            hold.take_place()
+    for hold in _lost(holds):
+        hold.take_place()
 
 
 def refuse_lost(holds: Iterable[Iterable[Any]]) -> None:
     """Raise `RuntimeError` if others have given a method back that was stood in for: its calls would miss the graph."""
-    for hold in () if torch.compiler.is_compiling() else chain.from_iterable(holds):
-        if isinstance(hold, Around) and hold.lost:
-            raise RuntimeError(
-                f"{hold.name!r} of a {type(hold.module).__name__} was replaced after a graph was compiled into the "
-                "model, such as by hooks of accelerate that were removed: call the PeftModel, which takes hold again"
-            )
+    for hold in _lost(holds):
+        raise RuntimeError(
+            f"{hold.name!r} of a {type(hold.module).__name__} was replaced after a graph was compiled into the "
+            "model, such as by hooks of accelerate that were removed: call the PeftModel, which takes hold again"
+        )
+
+
+def _lost(holds: Iterable[Iterable[Any]]) -> Iterable[Around]:
+    """Return what stands in for methods that others have given back; nothing while torch.compile traces."""
+    if torch.compiler.is_compiling():
+        return ()
+    return [hold for hold in chain.from_iterable(holds) if isinstance(hold, Around) and hold.lost]
 
 
 class Done(Exception):
