@@ -1,6 +1,5 @@
 """Compiling: a graph and a model give a plan, in which every node knows its module, widths and turn."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,7 +8,7 @@ from reftheads._utils.lazy import cached
 from reftheads.architectures.addresses import Address, locate
 from reftheads.architectures.blocks import reads_other_stack
 from reftheads.architectures.paths import within
-from reftheads.architectures.structure import StackInfo, arguments, stacks
+from reftheads.architectures.structure import StackInfo, Structure, arguments
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.intervention import Edit, Head, Shape
 from reftheads.graph.node import Node
@@ -142,8 +141,8 @@ def compile_graph(graph: InterventionGraph, model: nn.Module) -> Plan:
         'model.layers.5'
         ```
     """
-    known = stacks(model)
-    plan = Plan(graph, tuple(_place(node, model, known) for node in graph), known)
+    structure = Structure.of(model)
+    plan = Plan(graph, tuple(_place(node, structure) for node in graph), structure.stacks)
     _check_targets(plan, model)
     owners = plan.owners()
     for planned in plan.nodes:
@@ -159,9 +158,10 @@ def compile_graph(graph: InterventionGraph, model: nn.Module) -> Plan:
     return plan
 
 
-def _place(node: Node, model: nn.Module, known: Sequence[StackInfo]) -> PlannedNode:
-    """Find the place of a node in a model of these stacks."""
-    address = locate(model, node.site, known)
+def _place(node: Node, structure: Structure) -> PlannedNode:
+    """Find the place of a node in a model."""
+    model = structure.model
+    address = locate(model, node.site, structure)
     module = model.get_submodule(address.module)
     input_width = _input_width(module)
     if node.intervention.needs_linear and (input_width is None or address.side == "input"):
