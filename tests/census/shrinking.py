@@ -102,6 +102,8 @@ KEEP = _Keep()
 
 _NO_RANKS = {"num_key_value_heads": HEADS}
 _SHARED_KV = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_DOTS3 = {"swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS, "swa_q_lora_rank": 16}
+_DOTS3 |= {"swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8}
 _FOUR_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 _STAGES = {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16, "window_size": 2, "patch_size": 2}
 
@@ -125,8 +127,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 24}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * 3},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
-    "dots3_note": {"text_config": _NO_RANKS},
-    "dots3_note_text": _NO_RANKS,
+    "dots3_note_text": _NO_RANKS | _DOTS3,
     "emu3": {"vocabulary_map": {"<image>": VOCAB - 1, "<|extra_200|>": VOCAB - 2, "<|visual token 000000|>": VOCAB - 3}},
     "esm": {"vocab_size": VOCAB, "mask_token_id": 5},
     "ernie4_5_vl_moe_text": {
