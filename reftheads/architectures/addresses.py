@@ -149,8 +149,8 @@ def _choose_stack(structure: Structure, wanted: Stack | None) -> StackInfo:
         raise ValueError(f"{name} has no {role}, only its {names}: leave stack out, or name that one")
     if len(matching) == 1:
         return matching[0]
-    fed = [info for info in matching if _is_fed(model, info)]
-    if len(fed) != 1:
+    fed = sorted((info for info in matching if _is_fed(model, info)), key=lambda info: -len(info.path))
+    if not fed or (len(fed) > 1 and len(fed[0].path) == len(fed[1].path)):
         paths = ", ".join(repr(info.path) for info in matching)
         raise ValueError(f"{name} has several {role}s ({paths}): use the dotted path of a module")
     return fed[0]

@@ -243,9 +243,9 @@ def mlp_norm(block: nn.Module) -> str | None:
 def added_by(block: nn.Module, steps: Sequence[Step] | None, component: str, where: str) -> str:
     """Return the module whose output a half of a block adds to the residual stream.
 
-    A half is known by the names of its modules. One that has none of a known name is what is left: what is added
-    first in a block without attention is that of the state-space or linear-attention layer in its place, and what
-    else is added alone is the MLP's.
+    A half is known by the names of its modules. Where two outputs are added, one of them or both without a known name,
+    the first is that of the attention, or of the state-space or linear-attention layer in its place, and the second
+    that of the MLP.
 
     Args:
         steps: what was seen to be added, see `steps_of_blocks`.
@@ -261,13 +261,15 @@ def added_by(block: nn.Module, steps: Sequence[Step] | None, component: str, whe
         )
     own = [addition for step in steps for addition in step if not any(map(_is_cross, addition))]
     named = {"attention_output": _names_of_attention(block), "mlp_output": _names_of_mlp(block)}
-    halves = {half: [a for a in own if a.intersection(names)] for half, names in named.items()}
-    rest = [a for a in own if a not in halves["attention_output"] + halves["mlp_output"]]
-    if not named["attention_output"] and rest and own[0] == rest[0]:
-        halves["attention_output"].append(rest.pop(0))
-    if not halves["mlp_output"] and len(rest) == 1:
-        halves["mlp_output"].append(rest.pop())
-    added = [*(a for additions in halves.values() for a in additions[1:]), *rest]
+    attention = [addition for addition in own if addition.intersection(named["attention_output"])]
+    mlp = [a for a in own if a not in attention and a.intersection(named["mlp_output"])]
+    rest = [addition for addition in own if addition not in attention + mlp]
+    if rest and not attention and rest[0] == own[0]:
+        attention.append(rest.pop(0))
+    if rest and not mlp and rest[-1] == own[-1]:
+        mlp.append(rest.pop())
+    halves = {"attention_output": attention, "mlp_output": mlp}
+    added = [*attention[1:], *mlp[1:], *rest]
     if added:
         raise ValueError(
             f"{where}: beside one attention and one MLP, {' and '.join(map(_outermost, added))} add to the residual "

@@ -53,6 +53,7 @@ class ListSeen:
         by_token: whether what enters the first of them has a column for each token, in their order, and perhaps more.
         of_text: whether the pass was one over tokens.
         part: path of the module that was run.
+        norm: path of the first norm that is given what the last member returns, if there is one.
     """
 
     order: list[int] = field(default_factory=list)
@@ -61,6 +62,7 @@ class ListSeen:
     by_token: bool = False
     of_text: bool = True
     part: str = ""
+    norm: str | None = None
 
 
 @dataclass
@@ -182,7 +184,7 @@ class _Watching:
     def __init__(self, model: nn.Module, part: str):
         self.part = part
         self.modules = [(path, module) for path, module in own_modules(model) if within(path, part)]
-        self.lists = {path for path, module in self.modules if isinstance(module, nn.ModuleList)}
+        self.lists = {path: len(module) for path, module in self.modules if isinstance(module, nn.ModuleList)}
         self.begin({})
 
     def begin(self, inputs: Inputs) -> None:
@@ -190,7 +192,7 @@ class _Watching:
         self.observation = Observation()
         self.turn = 0
         self.of_text = not inputs.keys().isdisjoint({"input_ids", "inputs_embeds"})
-        self._left: dict[str, Tensor | None] = {}  # of the member of each list that was called last
+        self._left: dict[str, Tensor | None] = {}  # by list, what the member that was called last has returned
 
     @contextmanager
     def hooks(self, module: nn.Module) -> Iterator[None]:
@@ -222,6 +224,17 @@ class _Watching:
                 of_list.by_token = entered is not None and _by_token(entered)
             of_list.order.append(int(leaf(path)))
 
+        if entered is not None and "norm" in type(module).__name__.lower():
+            self._notice_norm(path, entered)
+
+    def _notice_norm(self, path: str, entered: Tensor) -> None:
+        """Note a norm that is given what the last member of a list has returned."""
+        for of_list, left in self._left.items():
+            seen = self.observation.lists[of_list]
+            done = seen.order[-1] == self.lists[of_list] - 1 and not within(path, of_list)
+            if done and seen.norm is None and left is not None and same(left, entered):
+                seen.norm = path
+
     def _after(self, path: str, module: nn.Module, args: tuple, output: Any) -> None:
         left = hidden(output)
         seen = self.observation.modules[path]
@@ -239,8 +252,8 @@ class _Watching:
 
 
 def hidden(value: Any) -> Tensor | None:
-    """Return what is taken for hidden states: a tensor of numbers, or the first element of a tuple."""
-    if isinstance(value, tuple) and value:
+    """Return what is taken for hidden states: a tensor of numbers, or the first element of a tuple or list."""
+    if isinstance(value, tuple | list) and value:
         value = value[0]
     elif isinstance(value, dict) and value:  # an output of transformers
         value = next(iter(value.values()))

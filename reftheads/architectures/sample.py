@@ -29,7 +29,7 @@ def samples(model: nn.Module, ids: Int[Tensor, "rows tokens"], answer: Int[Tenso
     takes = set(arguments(model))
     config = getattr(model, "config", None)
     seq2seq = bool(getattr(config, "is_encoder_decoder", False)) and "decoder_input_ids" in takes
-    plain: Inputs = {"use_cache": False} if "use_cache" in takes else {}
+    plain: Inputs = {"use_cache": False} if takes & {"use_cache", "kwargs"} else {}
     if seq2seq:
         plain["decoder_input_ids"] = _tokens(model, answer)
     text: Inputs = {"input_ids": _tokens(model, ids)} if "input_ids" in takes else {}

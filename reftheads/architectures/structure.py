@@ -14,7 +14,7 @@ from reftheads.architectures.stream import Step, steps_of_blocks
 from reftheads.graph.site import Stack
 
 _FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_norm", "final_layernorm", "layer_norm", "layernorm", "norm_f")
-_FED = ("input_ids", "pixel_values")  # what a stack takes
+_FED = {"input_ids", "pixel_values", "input_features", "input_values"}  # what a stack takes
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _are_blocks(observation: Observation, path: str, members: nn.ModuleList) -> 
     seen = observation.lists.get(path)
     if seen is None:
         return attends
-    if seen.order != list(range(len(members))) or not seen.chained:
+    if seen.order != sorted(set(seen.order)) or not seen.chained:
         return False
     return attends or (len(members) > 1 and _keep_form(observation, path, seen))
 
@@ -162,18 +162,15 @@ def _stack_info(model: nn.Module, observation: Observation, path: str, blocks: n
     seen = observation.lists.get(path)
     running = [a for a in ancestors if seen is None or a in observation.modules] or ancestors
     # The blocks' direct parent often is an inner module that knows neither ids nor cache (BertEncoder).
-    receivers = (a for a in running if set(_FED) & set(arguments(model.get_submodule(a))))
+    fed = _FED if seen is None or seen.of_text else _FED - {"input_ids"}
+    receivers = (a for a in running if fed & set(arguments(model.get_submodule(a))))
     stack = next(receivers, running[0])
     causal = None if seen is None else seen.causal
     if causal is None:
         causal = _declared_causal(blocks, model.get_submodule(stack))
     paths = tuple(join(path, str(i)) for i in range(len(blocks)))
-    return StackInfo(
-        path=stack,
-        blocks=paths,
-        role="decoder" if causal else "encoder",
-        final_norm=_final_norm(model, observation, ancestors[: ancestors.index(stack) + 1], paths[-1]),
-    )
+    norm = _norm_by_name(model, ancestors[: ancestors.index(stack) + 1]) if seen is None else seen.norm
+    return StackInfo(stack, paths, "decoder" if causal else "encoder", norm)
 
 
 def _declared_causal(blocks: nn.ModuleList, stack: nn.Module) -> bool:
@@ -187,18 +184,10 @@ def _keeps_a_cache(module: nn.Module) -> bool:
     return "past_key_values" in arguments(module)
 
 
-def _final_norm(model: nn.Module, observation: Observation, holders: Sequence[str], last: str) -> str | None:
+def _norm_by_name(model: nn.Module, holders: Sequence[str]) -> str | None:
     """Return the path of the norm after the last block, in the first of these modules that has one."""
     for holder in holders:
         name = first_child(model.get_submodule(holder), _FINAL_NORM)
-        if name is not None and _follows(observation, join(holder, name), last):
+        if name is not None:
             return join(holder, name)
     return None
-
-
-def _follows(observation: Observation, norm: str, last: str) -> bool:
-    """Return whether a norm is given what the last block returns, as far as the pass has shown."""
-    if last not in observation.modules:
-        return True
-    block, seen = observation.modules[last], observation.modules.get(norm)
-    return seen is not None and seen.turn > block.turn and seen.entered == block.left
