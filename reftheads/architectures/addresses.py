@@ -20,7 +20,6 @@ from reftheads.architectures.blocks import (
     UP,
     Columns,
     added_by,
-    as_range,
     attention_norm,
     attention_of,
     attention_owner,
@@ -36,7 +35,6 @@ from reftheads.architectures.paths import ancestors_of, first_child, join, leaf,
 from reftheads.architectures.probe import ROWS, TOKENS, Observation
 from reftheads.architectures.structure import StackInfo, Structure
 from reftheads.graph.site import BLOCK_COMPONENTS, Side, Site, Stack
-
 
 Form = Literal["rows", "columns", "filled"]
 """How a tensor holds tokens: "rows", [rows columns width], or [rows·columns width] as where OPT and mixtures of experts
@@ -224,9 +222,9 @@ def _form(shape: tuple[int, ...], of_text: bool, by_token: bool) -> Form | None:
 
 
 def _is_chosen(observation: Observation, path: str) -> bool:
-    """Return whether a module lies in a list of which other members ran: an expert that no token has chosen."""
-    lists = (ancestor for ancestor in ancestors_of(path) if ancestor in observation.lists)
-    return any(not within(seen, path) for ancestor in lists for seen in observation.modules if within(seen, ancestor))
+    """Return whether a module lies in a member of a list that did not run while others did: an expert not chosen."""
+    above = [path, *ancestors_of(path)]
+    return any(parent(member) in observation.lists and member not in observation.modules for member in above)
 
 
 def _locate_in_block(structure: Structure, info: StackInfo, site: Site, layer: int) -> Address:

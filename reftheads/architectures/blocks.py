@@ -131,9 +131,7 @@ def heads_of(block: nn.Module, path: str, out: str, component: str, where: str, 
     return HeadSite(projections[0], "output", _of_fused(which, order, groups, count // groups, kv_count // groups, dim))
 
 
-def _of_fused(
-    which: int, order: tuple[int, ...], groups: int, queries: int, keys: int, dim: int
-) -> tuple[range, ...]:
+def _of_fused(which: int, order: tuple[int, ...], groups: int, queries: int, keys: int, dim: int) -> tuple[range, ...]:
     """Return the features of each head in a fused projection of groups with so many queries and keys each.
 
     Args:

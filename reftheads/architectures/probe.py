@@ -129,7 +129,12 @@ def rows_apart() -> tuple[Int[Tensor, "rows tokens"], Int[Tensor, "rows tokens"]
     return ids, answer
 
 
-def run(model: nn.Module, ids: Int[Tensor, "rows tokens"], answer: Int[Tensor, "rows tokens"], begin: Callable[[Inputs], None]) -> bool:
+def run(
+    model: nn.Module,
+    ids: Int[Tensor, "rows tokens"],
+    answer: Int[Tensor, "rows tokens"],
+    begin: Callable[[Inputs], None],
+) -> bool:
     """Run a model on the first of the samples that it takes, and return whether there was one.
 
     Args:
@@ -191,7 +196,7 @@ class _Watching:
         """Forget what an attempt showed that came to nothing."""
         self.observation = Observation()
         self.turn = 0
-        self.of_text = not inputs.keys().isdisjoint({"input_ids", "inputs_embeds"})
+        self.of_text = not inputs.keys().isdisjoint({"input_ids", "inputs_embeds"})  # an encoder's, not an answer
         self._left: dict[str, Tensor | None] = {}  # by list, what the member that was called last has returned
 
     @contextmanager
@@ -214,14 +219,13 @@ class _Watching:
         seen.calls += 1
         self.turn += 1
         if parent(path) in self.lists:
-            of_list = self.observation.lists.setdefault(
-                parent(path), ListSeen(of_text=self.of_text, part=self.part)
-            )
+            of_list = self.observation.lists.setdefault(parent(path), ListSeen(part=self.part))
             before = self._left.get(parent(path))
             if of_list.order:
                 of_list.chained &= before is not None and entered is not None and same(before, entered)
             else:
                 of_list.by_token = entered is not None and _by_token(entered)
+                of_list.of_text = of_list.by_token or self.of_text
             of_list.order.append(int(leaf(path)))
 
         if entered is not None and "norm" in type(module).__name__.lower():
@@ -242,13 +246,10 @@ class _Watching:
         seen.left = shape if seen.calls == 1 or seen.left == shape else None
         if parent(path) in self.lists:
             self._left[parent(path)] = None if left is None else left.clone()
-            self.observation.lists[parent(path)].causal = self._causal(left)
+            of_list = self.observation.lists[parent(path)]
+            of_list.causal = _causal(left) if of_list.of_text else None
         elif path == self.part:
-            self.observation.causal = self._causal(left)
-
-    def _causal(self, left: Tensor | None) -> bool | None:
-        rows = None if left is None else _in_rows(left)
-        return None if rows is None or not self.of_text else _causal(rows[:, :TOKENS])
+            self.observation.causal = _causal(left) if self.of_text else None
 
 
 def hidden(value: Any) -> Tensor | None:
@@ -284,9 +285,10 @@ def _in_rows(h: Tensor) -> Tensor | None:
     return h if h.ndim == 3 and h.shape[0] == ROWS and h.shape[1] > 1 else None
 
 
-def _causal(rows: Tensor) -> bool | None:
+def _causal(h: Tensor | None) -> bool | None:
     """Return whether rows that differ in their last token differ in no earlier one; `None` if none differ."""
-    apart = [columns for columns in _columns_apart(rows) if columns]
+    rows = None if h is None else _in_rows(h)
+    apart = [] if rows is None else [columns for columns in _columns_apart(rows[:, :TOKENS]) if columns]
     return any(columns == [TOKENS - 1] for columns in apart) if apart else None
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 _IMAGES, _SOUNDS = ("pixel_values",), ("input_features", "input_values")
+_BINS = ("num_mel_bins", "n_mels", "feature_size", "input_feat_per_channel", "feature_projection_input_dim")
 _FRAMES, _SAMPLES = 48, 4000  # of audio features, and of audio, where the configuration does not say
 
 Inputs = dict[str, Any]
@@ -33,6 +34,8 @@ def samples(model: nn.Module, ids: Int[Tensor, "rows tokens"], answer: Int[Tenso
     if seq2seq:
         plain["decoder_input_ids"] = _tokens(model, answer)
     text: Inputs = {"input_ids": _tokens(model, ids)} if "input_ids" in takes else {}
+    if text and "bbox" in takes:  # where on a page each token stands
+        text["bbox"] = torch.zeros(*ids.shape, 4, dtype=torch.long, device=device_of(model))
     rows = len(ids)
     images = {name: _image(model, rows) for name in _IMAGES if name in takes}
     sounds = [{name: sound} for name in _SOUNDS if name in takes for sound in _sounds(model, name, rows)]
@@ -114,7 +117,7 @@ def _sounds(model: nn.Module, name: str, rows: int) -> Iterator[Tensor]:
     device, dtype = device_of(model), _dtype(model)
     if name == "input_values":
         yield torch.randn(1, _SAMPLES).repeat(rows, 1).to(device, dtype)
-    bins = next((n for a in ("num_mel_bins", "n_mels", "feature_size", "input_feat_per_channel", "feature_projection_input_dim") if (n := getattr(audio, a, None))), 80)
+    bins = next((getattr(audio, name) for name in _BINS if getattr(audio, name, None)), 80)
     positions = getattr(audio, "max_source_positions", None)
     frames = 2 * positions if isinstance(positions, int) and positions <= 1500 else _FRAMES
     features = torch.randn(1, bins, frames).repeat(rows, 1, 1).to(device, dtype)

@@ -211,6 +211,11 @@ def _check_targets(plan: Plan, model: nn.Module) -> None:
 def _check_order(plan: Plan, source: PlannedNode, reader: PlannedNode) -> None:
     """Raise `ValueError` for a source that does not run before its reader, for certain."""
     paths = [info.path for info in sorted(plan.stacks, key=lambda info: info.role != "encoder")]  # encoders run first
+    if source.address.stack != reader.address.stack and source.node.positions.bound != 1:
+        raise ValueError(
+            f"node {reader.node.name!r} reads {source.node.name!r} at positions {str(source.node.positions)!r} of "
+            "another stack, whose tokens are not its own: a source there selects one token a row, such as 'l1'"
+        )
     stacks_of = [paths.index(one.address.stack) if one.address.stack in paths else 0 for one in (source, reader)]
     if source.address.order is None or reader.address.order is None:
         if stacks_of[0] != stacks_of[1]:
