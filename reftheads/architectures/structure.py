@@ -106,9 +106,10 @@ class Structure:
 def stacks(model: nn.Module) -> tuple[StackInfo, ...]:
     """Return the stacks of blocks in a model, in the order of its modules.
 
-    Where no blocks are recognised, the model itself is a stack of none. The blocks of a stack are the outermost `ModuleList` whose members run one after the other, each on what the one
-    before has returned, and attend, or keep the form of what they are given. What runs how is seen in one small pass
-    through the model; a part that does not run there goes by its names.
+    Where no blocks are recognised, the model itself is a stack of none. The blocks of a stack are the outermost
+    `ModuleList` whose members run one after the other, each on what the one before has returned, and attend, or keep
+    the form of what they are given. What runs how is seen in one small pass through the model; a part that does not
+    run there goes by its names.
 
     Example:
         ```python
