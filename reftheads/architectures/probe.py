@@ -140,7 +140,7 @@ def run(
     Args:
         begin: called with the sample before every attempt.
     """
-    with torch.no_grad(), evaluating(model), same_random_numbers():
+    with torch.no_grad(), evaluating(model), _as_packed(model), same_random_numbers():
         torch.manual_seed(0)
         for inputs in samples(model, ids, answer):
             begin(inputs)
@@ -148,6 +148,20 @@ def run(
                 model(**inputs)
                 return True
     return False
+
+
+@contextmanager
+def _as_packed(model: nn.Module) -> Iterator[None]:
+    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU: no gradient gets through these any more."""
+    name = "support_avx512bf16_for_cpu"
+    settings = [(module, getattr(module, name)) for module in model.modules() if hasattr(module, name)]
+    for module, _ in settings:
+        setattr(module, name, False)
+    try:
+        yield
+    finally:
+        for module, setting in settings:
+            setattr(module, name, setting)
 
 
 def _key(model: nn.Module) -> Any:
