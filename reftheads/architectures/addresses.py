@@ -291,9 +291,9 @@ def _locate_path(structure: Structure, site: Site) -> Address:
     width = width_of(module, site.side)
     if width is None and place is not None and place.columns is None:
         width = place.width
-    runner = known[0] if info is None else info
+    stack = "" if not known else known[0].path if info is None else info.path
     order = None if place is None else place.order
-    address = Address(site, path, site.side, width or 0, None, runner.path, order)
+    address = Address(site, path, site.side, width or 0, None, stack, order)
     address = address if reads_other_stack(path) else _as_seen(structure, info, address)
     if not address.width:
         raise ValueError(

@@ -66,7 +66,7 @@ def frame_of(
     past = cache.get_seq_length() if cache is not None else 0
     past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on in place
     mask, ids = _mask_and_ids(kind, stack, call, inputs, shape, past)
-    flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    flat = mask if _is_flat(mask) else None
     if call.generation is not None and stack.causal and shape is not None:
         return Frame(past, *call.generation.masks(shape[0]), ids)
     relative = next((rule for rule in rules if rule.needs_prompt), None)
@@ -101,15 +101,21 @@ def _mask_and_ids(
     A model for images and text embeds its tokens itself, and makes masks of a form of its own.
     """
     mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
-    if shape is None or not kind.feeds_input(stack):
+    if shape is None or call.inputs is None or not kind.feeds_input(stack):
         return mask, ids
-    if ids is None and call.input_ids is not None and tuple(call.input_ids.shape) == shape:
-        ids = call.input_ids
-    shown = call.attention_mask
-    if isinstance(shown, Tensor) and shown.ndim == 2 and not (isinstance(mask, Tensor) and mask.ndim == 2):
-        columns = shape[1] + past if isinstance(past, int) else None
-        mask = shown if columns is None or tuple(shown.shape) == (shape[0], columns) else mask
+    tokens, shown = call.inputs.get("input_ids"), call.inputs.get("attention_mask")
+    if ids is None and tokens is not None and tuple(tokens.shape) == shape:
+        ids = tokens
+    if shown is None and mask is not None and not _is_flat(mask):
+        return None, ids
+    if _is_flat(shown) and not _is_flat(mask):
+        columns = shape[1] + past if isinstance(past, int) else shown.shape[1]
+        return (shown if tuple(shown.shape) == (shape[0], columns) else mask), ids
     return mask, ids
+
+
+def _is_flat(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 2
 
 
 def _prompt_mask(

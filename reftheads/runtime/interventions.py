@@ -169,9 +169,9 @@ class Interventions(nn.Module, BaseTunerLayer):
         targets = {name: kwargs[name] for name in ours if kwargs[name] is not None}
         kwargs = {name: value for name, value in kwargs.items() if name not in ours} if ours else kwargs
         inputs = _named(self._argument_names[None], args) | kwargs
-        what = {name: inputs.get(name) for name in ("labels", "input_ids", "attention_mask")}
         run = kwargs.pop(RUN, None)
-        call = self.new_call(prompt_mask=targets.pop("prompt_mask", None), targets=targets, **what)
+        prompt_mask = targets.pop("prompt_mask", None)
+        call = self.new_call(labels=inputs.get("labels"), prompt_mask=prompt_mask, targets=targets, inputs=inputs)
         with call:
             call.handed |= {} if run is None else {run.stack: run}
             output = forward(*args, **kwargs)

@@ -18,7 +18,7 @@ look. So open blocks are listed, and a compiled call looks for its own while the
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -143,7 +143,7 @@ class Call:
         training: whether the model is in training mode.
         generation: what `generate` started from, if the call is a pass of it.
         labels, prompt_mask, targets: what it was given that concerns the graph.
-        input_ids, attention_mask: what the base model was given.
+        inputs: what the base model was given, by the names of its arguments; `None` where a stack was called alone.
         handed: runs of stacks that were made beforehand, by path.
         runs: of the stacks that are running, by path.
         readings: what has been read so far.
@@ -159,8 +159,7 @@ class Call:
     labels: Int[Tensor, "rows ..."] | None = None
     prompt_mask: Bool[Tensor, "rows columns"] | None = None
     targets: dict[str, Shaped[Tensor, "rows ..."]] = field(default_factory=dict)
-    input_ids: Int[Tensor, "rows columns"] | None = None
-    attention_mask: Any = None
+    inputs: Mapping[str, Any] | None = None
     handed: dict[str, Run] = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
     readings: dict[NodeKey, Reading] = field(default_factory=dict)
