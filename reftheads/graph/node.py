@@ -153,10 +153,10 @@ _RESERVED = frozenset(dir(nn.ModuleDict()))
 
 def check_key(key: str, label: str) -> None:
     """Raise `ValueError` for what cannot name a child module or a column of a checkpoint."""
-    if not isinstance(key, str) or not key.isprintable() or len(key) > 255:
-        raise ValueError(f"{label} {shown(key)} cannot be used: take a printable word of at most 255 letters")
-    if not key or "." in key or "rh_" in key or key in _RESERVED:
+    if not isinstance(key, str) or not key or "." in key or "rh_" in key or key in _RESERVED:
         raise ValueError(
-            f"{label} {key!r} cannot be used: take a word that has no dot and no 'rh_' in it "
+            f"{label} {shown(key)} cannot be used: take a word that has no dot and no 'rh_' in it "
             "and is no attribute of a torch module"
         )
+    if not key.isprintable() or len(key.encode()) > 255:
+        raise ValueError(f"{label} {shown(key)} cannot be used: take printable letters, at most 255 bytes of them")

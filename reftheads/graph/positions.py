@@ -79,7 +79,7 @@ class Positions:
             return
         if not isinstance(self.text, str):
             raise ValueError(f"cannot read positions {shown(self.text)}: use {SYNTAX}")
-        first, of, rest = self.text.partition(" of ")
+        first, of, rest = f" {self.text} ".partition(" of ")
         part, whole = (first.strip(), rest) if of else (None, first)
         if whole.count("+") >= _MOST_TERMS:
             raise ValueError(
