@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ from torch import nn
 
 from reftheads._utils.atomic import filling
 from reftheads.adapter.config import InterventionConfig
-from reftheads.adapter.files import CARD, WEIGHTS, reading_weights
-from reftheads.adapter.tuner import CHILD, InterventionTuner
+from reftheads.adapter.files import CARD, WEIGHTS, check_adapter_name, check_seal, find_file, refuse_pickle
+from reftheads.adapter.fit import CHILD, check_file, embeddings_of
+from reftheads.adapter.tuner import InterventionTuner
+from reftheads.runtime.plan import compile_graph
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -54,11 +57,16 @@ class SavablePeftModel(PeftModel):
         """Write `adapter_config.json`, `adapter_model.safetensors` and a model card.
 
         All files are moved into place once they are complete, the weights first: a process that is killed while it
-        saves the same graph again leaves the old weights or the new ones.
+        saves the same graph again leaves the old weights or the new ones. Killed while it saves another graph, it may
+        leave weights that do not belong to the configuration: loading says so.
+
+        Embeddings that were resized, or are trained, come with the adapter. A warning names what else of the base
+        model is trained, and hence not saved here.
 
         Args:
             save_directory: is made if there is none; other files in it are left alone.
-            kwargs: as for PEFT, such as `selected_adapters`; and `push_to_hub=True` with `repo_id`, `token`, `private`.
+            kwargs: as for PEFT, such as `selected_adapters`, or `save_embedding_layers=True` or `False`; and
+                `push_to_hub=True` with `repo_id`, `token`, `private`.
 
         Raises:
             ValueError: `safe_serialization=False`, which would write a pickle; positions given by a
@@ -68,10 +76,13 @@ class SavablePeftModel(PeftModel):
             raise ValueError("safe_serialization=False would write a pickle: adapters are saved as safetensors only")
         push = kwargs.pop("push_to_hub", False)
         hub = {name: kwargs.pop(name) for name in ("repo_id", "token", "private") if name in kwargs}
-        kwargs.setdefault("save_embedding_layers", False)
+        base = self.get_base_model()
+        kwargs["save_embedding_layers"] = with_embeddings = _with_embeddings(base, kwargs.get("save_embedding_layers"))
         # the whole state is not needed, and bitsandbytes changes 4-bit weights that are asked for theirs
-        if kwargs.get("state_dict") is None and not kwargs["save_embedding_layers"]:
-            kwargs["state_dict"] = self.tuner.layer.state_dict(prefix=f"base_model.model.{CHILD}.")
+        if kwargs.get("state_dict") is None:
+            embeddings = embeddings_of(base) if with_embeddings else {}
+            beside = {f"base_model.model.{name}": tensor for name, tensor in embeddings.items()}
+            kwargs["state_dict"] = self.tuner.layer.state_dict(prefix=f"base_model.model.{CHILD}.") | beside
         for name in kwargs.get("selected_adapters") or self.peft_config:
             if name in self.peft_config:
                 self.peft_config[name].to_dict()  # raises before anything is written
@@ -147,8 +158,9 @@ class SavablePeftModel(PeftModel):
             kwargs: such as `revision` or `subfolder`.
 
         Raises:
-            ValueError: a checkpoint that would need unpickling, is truncated or damaged, or belongs to a
-                model of other widths. The base model is then as it was.
+            ValueError: a checkpoint that would need unpickling, is truncated, damaged or a mixture of two saves,
+                belongs to a model of other widths, or brings weights of the base model other than embeddings that
+                its configuration names. The base model is then as it was.
 
         Example:
             ```python
@@ -165,8 +177,11 @@ class SavablePeftModel(PeftModel):
             ```
         """
         model_id = os.fspath(model_id)
+        check_adapter_name(adapter_name)
         config = config or InterventionConfig.from_pretrained(model_id, **kwargs)
         config.inference_mode = not is_trainable
+        _check_weights(model_id, config, model, **kwargs)
+        _tell_of_trained_base(model_id, model)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         loaded = cls(model, config, adapter_name)
         try:
@@ -188,11 +203,65 @@ class SavablePeftModel(PeftModel):
         """
         model_id, new = os.fspath(model_id), adapter_name not in self.peft_config
         if new:
-            InterventionConfig.from_pretrained(model_id, **kwargs)
+            check_adapter_name(adapter_name)
+            config = InterventionConfig.from_pretrained(model_id, **kwargs)
+        else:
+            config = self.peft_config[adapter_name]
+        _check_weights(model_id, config, self.get_base_model(), **kwargs)
         try:
-            with reading_weights(model_id, **kwargs):
-                return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+            return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
         except Exception:
             if new and adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)
             raise
+
+
+def _check_weights(model_id: str, config: Any, base: nn.Module, **hub: Any) -> None:
+    """Raise `ValueError` for weights that are not there, are damaged, or do not fit the graph in this base model."""
+    refuse_pickle(model_id, **hub)
+    path = find_file(model_id, WEIGHTS, **hub)
+    if path is None:
+        raise ValueError(f"{model_id} holds no {WEIGHTS}: give the directory or Hub id of a saved adapter")
+    check_seal(path)
+    check_file(path, compile_graph(config.graph, base), base, config.embeddings)
+
+
+def _with_embeddings(base: Any, asked: bool | str | None) -> bool:
+    """Return whether a base model's embeddings are saved with an adapter; warn of what is trained and is not saved."""
+    embeddings = dict.fromkeys(embeddings_of(base))
+    trained = [name for name, p in base.named_parameters() if p.requires_grad and not name.startswith(f"{CHILD}.")]
+    changed = _resized(base) or any(name in embeddings for name in trained)
+    saved = changed if asked in (None, "auto") else bool(asked)
+    left = [name for name in trained if not (saved and name in embeddings)]
+    left += [*embeddings] if changed and not saved and not left else []
+    if left:
+        warnings.warn(
+            f"the base model has weights that were trained or resized, {left[0]} among them, and that the adapter does "
+            "not hold: save them too, by model.get_base_model().save_pretrained(…)",
+            stacklevel=3,
+        )
+    return saved
+
+
+def _resized(base: Any) -> bool:
+    """Return whether a base model has another number of tokens than the files that it came from, as far as is known."""
+    config, name = getattr(base, "config", None), base.__dict__.get("name_or_path")
+    if config is None or not name:
+        return False
+    local, cached = os.path.join(name, "config.json"), huggingface_hub.try_to_load_from_cache
+    path = local if os.path.isdir(name) else cached(name, "config.json") if "/" in name else None
+    if not isinstance(path, str) or not os.path.exists(path):
+        return False
+    first = type(config).from_pretrained(path)
+    return first.get_text_config().vocab_size != config.get_text_config().vocab_size
+
+
+def _tell_of_trained_base(model_id: str, base: nn.Module) -> None:
+    """Warn of a checkpoint with weights of the base model that this one was not loaded from."""
+    folder = os.path.join(model_id, "base")
+    if os.path.exists(os.path.join(folder, "config.json")) and base.__dict__.get("name_or_path") != folder:
+        warnings.warn(
+            f"{model_id} holds weights of the base model too, which were trained with the adapter: load the base model "
+            f"from {folder}",
+            stacklevel=3,
+        )

@@ -72,9 +72,13 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, Mapping) and value.keys() == {"constant"} and _is_shape(value["constant"])
     if isinstance(hint, type) and issubclass(hint, Intervention):
         return isinstance(value, Mapping) and "type" in value and value.keys() <= {"type", "options"}
-    if origin in (tuple, list):
-        return isinstance(value, list | tuple) and all(fits(item, get_args(hint)[0]) for item in value)
-    return isinstance(value, Mapping) if dict in (hint, origin) else not isinstance(hint, type) or hint is object
+    if (origin or hint) in (tuple, list):
+        items = set(get_args(hint)) - {...}
+        item = items.pop() if len(items) == 1 else Any
+        return isinstance(value, list | tuple) and all(fits(v, item) for v in value)
+    if (origin or hint) is dict:
+        return isinstance(value, Mapping)
+    return hint is Any or not isinstance(hint, type) or issubclass(hint, type(value))
 
 
 @lru_cache(maxsize=1024)
