@@ -1,5 +1,6 @@
 """Whether weights fit: the tensors that a graph needs in a model, and those of the base that may come with them."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -8,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from reftheads._utils.memory import free_bytes
+from reftheads._utils.random_numbers import same_random_numbers
 from reftheads._utils.showing import shown
 from reftheads.adapter.files import read_weights
-from reftheads.runtime.plan import Plan
+from reftheads.runtime.node_module import NodeModule
+from reftheads.runtime.plan import Plan, PlannedNode
 
 CHILD = "interventions"
 _PREFIX = "base_model.model."
@@ -34,24 +37,34 @@ def split(weights: Mapping[str, Tensor], prefix: str = _PREFIX) -> tuple[dict[st
     return nodes, {name: weights[key] for key, name in short.items() if not name.startswith(_NODES)}
 
 
-def planned_tensors(plan: Plan) -> dict[str, Tensor]:
-    """Return the tensors that a compiled graph needs, by name, without memory for them.
+def outline(plan: Plan) -> dict[str, NodeModule]:
+    """Return the modules that a compiled graph needs, by key, without memory for their parameters.
 
     Raises:
         ValueError: parameters that cannot be made.
     """
-    with torch.device("meta"):
-        modules = {key: planned.new_module() for key, planned in plan.owners().items()}
-    return {f"{key}.{name}": tensor for key, module in modules.items() for name, tensor in module.stored().items()}
+    return {key: _outline(planned) for key, planned in plan.owners().items()}
 
 
-def check_memory(plan: Plan, model: nn.Module) -> None:
+def _outline(planned: PlannedNode) -> NodeModule:
+    try:
+        with torch.device("meta"):
+            return planned.new_module()
+    except ValueError as error:
+        if not isinstance(error.__cause__, RuntimeError):
+            raise
+    with same_random_numbers():  # a type of one's own that looks at the numbers with which it begins
+        return planned.new_module()
+
+
+def check_memory(plan: Plan) -> None:
     """Raise `ValueError` for a graph whose parameters are larger than the memory that is free for them."""
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in planned_tensors(plan).values())
-    if needed > 2**24 and needed > free_bytes():
+    tensors = [tensor for module in outline(plan).values() for tensor in module.stored().values()]
+    needed, free = sum(tensor.nbytes for tensor in tensors), free_bytes()
+    if needed > free:
         raise ValueError(
-            f"the graph has parameters of {needed / 1e9:,.1f} GB, and {free_bytes() / 1e9:,.1f} GB of memory are free: "
-            "take smaller ranks, heads or hidden layers"
+            f"the graph has parameters of {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory are free: take "
+            "smaller ranks, heads or hidden layers"
         )
 
 
@@ -62,8 +75,26 @@ def check_file(path: str, plan: Plan, base: nn.Module, embeddings: Iterable[str]
         embeddings: names of those tensors of the base that come with it.
     """
     nodes, beside = split(read_weights(path)[0])
-    check_weights(nodes, planned_tensors(plan))
+    check_nodes(nodes, outline(plan))
     check_beside(beside, base, embeddings)
+
+
+def check_nodes(weights: Mapping[str, Tensor], modules: Mapping[str, NodeModule]) -> None:
+    """Raise `ValueError` unless these are the tensors of nodes, and such that can be computed with.
+
+    Args:
+        weights: by the key of a node and the name of its parameter, joined by a dot.
+        modules: of the nodes, by key.
+    """
+    check_weights(weights, {f"{key}.{name}": tensor for key, node in modules.items() for name, tensor in node.stored().items()})
+    for key, node in modules.items():
+        stored = {name: weights[f"{key}.{name}"] for name in node.stored()}
+        try:
+            node.intervention.check_parameters(stored)
+        except ValueError as error:
+            raise ValueError(f"node {key!r}: {error}") from error
+        if not all(tensor.isfinite().all() for tensor in stored.values()):
+            warnings.warn(f"node {key!r} has parameters that are not finite: its training diverged", stacklevel=2)
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

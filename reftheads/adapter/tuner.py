@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from reftheads._utils.deprecation import renamed
 from reftheads.adapter.config import InterventionConfig
 from reftheads.adapter.files import check_adapter_name
-from reftheads.adapter.fit import CHILD, check_beside, check_memory, check_weights, split
+from reftheads.adapter.fit import CHILD, check_beside, check_memory, check_nodes, split
 from reftheads.graph.graph import render
 from reftheads.runtime.generate import record_prompts
 from reftheads.runtime.interventions import Interventions
@@ -86,7 +86,7 @@ class InterventionTuner(BaseTuner):
         try:
             check_adapter_name(adapter_name)
             plan = compile_graph(config.graph, model)
-            check_memory(plan, model)
+            check_memory(plan)
             layer = getattr(model, CHILD, None) or Interventions()
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 layer.add(adapter_name, plan, model)
@@ -176,7 +176,7 @@ class InterventionTuner(BaseTuner):
         path, layer = _find_layer(model)
         prefix = path.removesuffix(CHILD)
         nodes, beside = split(state_dict, prefix)
-        check_weights(nodes, layer.rh_nodes[adapter_name].state_dict())
+        check_nodes(nodes, dict(layer.rh_nodes[adapter_name].items()))  # type: ignore[operator]
         check_beside(beside, model.get_submodule(prefix.removesuffix(".")), config.embeddings)
         weights = {f"{path}.rh_nodes.{adapter_name}.{name}": tensor for name, tensor in nodes.items()}
         return weights | {f"{prefix}{name}": tensor for name, tensor in beside.items()}
