@@ -10,7 +10,7 @@ from typing import Any
 
 import huggingface_hub
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 from torch import Tensor, uint8
 
 from reftheads._utils.atomic import replacing
@@ -114,10 +114,14 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
 
 def seal(weights: Path, graph: Mapping[str, Any]) -> None:
     """Write into the metadata of a file of weights a checksum, and the hash of the graph that they belong to."""
-    tensors = load(weights.read_bytes())
-    metadata = {"format": "pt", _CHECKSUM: _checksum(tensors), _GRAPH: _digest(graph)}
+    content = weights.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    metadata = {"format": "pt", _CHECKSUM: _checksum(load(content)), _GRAPH: _digest(graph)}
+    # not by safetensors, which writes metadata in another order each time
+    header = json.dumps(json.loads(content[8:begin]) | {"__metadata__": metadata}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
     with replacing(weights) as temporary:
-        save_file(tensors, temporary, metadata)
+        temporary.write_bytes(len(header).to_bytes(8, "little") + header + content[begin:])
 
 
 def check_seal(path: str | os.PathLike, graph: Mapping[str, Any] | None = None) -> None:
