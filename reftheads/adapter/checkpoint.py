@@ -60,8 +60,8 @@ class SavablePeftModel(PeftModel):
         saves the same graph again leaves the old weights or the new ones. Killed while it saves another graph, it may
         leave weights that do not belong to the configuration: loading says so.
 
-        Embeddings that were resized, or are trained, come with the adapter. A warning names what else of the base
-        model is trained, and hence not saved here.
+        Embeddings come with the adapter if they were resized, or are all of the base model that is trained. A warning
+        names what of it is trained and not saved here.
 
         Args:
             save_directory: is made if there is none; other files in it are left alone.
@@ -201,9 +201,9 @@ class SavablePeftModel(PeftModel):
         Raises:
             ValueError: as in `from_pretrained`; an adapter that this call added is gone again.
         """
+        check_adapter_name(adapter_name)
         model_id, new = os.fspath(model_id), adapter_name not in self.peft_config
         if new:
-            check_adapter_name(adapter_name)
             config = InterventionConfig.from_pretrained(model_id, **kwargs)
         else:
             config = self.peft_config[adapter_name]
@@ -230,7 +230,7 @@ def _with_embeddings(base: Any, asked: bool | str | None) -> bool:
     """Return whether a base model's embeddings are saved with an adapter; warn of what is trained and is not saved."""
     embeddings = dict.fromkeys(embeddings_of(base))
     trained = [name for name, p in base.named_parameters() if p.requires_grad and not name.startswith(f"{CHILD}.")]
-    changed = _resized(base) or any(name in embeddings for name in trained)
+    changed = _resized(base) or (bool(trained) and all(name in embeddings for name in trained))
     saved = changed if asked in (None, "auto") else bool(asked)
     left = [name for name in trained if not (saved and name in embeddings)]
     left += [*embeddings] if changed and not saved and not left else []
@@ -253,7 +253,8 @@ def _resized(base: Any) -> bool:
     if not isinstance(path, str) or not os.path.exists(path):
         return False
     first = type(config).from_pretrained(path)
-    return first.get_text_config().vocab_size != config.get_text_config().vocab_size
+    sizes = [getattr(one.get_text_config(), "vocab_size", None) for one in (first, config)]
+    return sizes[0] != sizes[1]
 
 
 def _tell_of_trained_base(model_id: str, base: nn.Module) -> None:

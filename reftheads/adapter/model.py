@@ -71,6 +71,7 @@ class InterventionModel(SavablePeftModel):
     ):
         if isinstance(model, PeftModel):
             raise ValueError("this model is a PeftModel already: add a graph to it by model.add_adapter(name, config)")
+        check_adapter_name(adapter_name)
         config = _config(graph)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = model.__dict__.get("name_or_path") or None

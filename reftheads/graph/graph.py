@@ -233,7 +233,8 @@ def _each(width: int | None) -> str:
 
 def _same(a: Intervention, b: Intervention) -> bool:
     """Return whether two definitions are equal, the numbers of their constants included."""
-    return a == b and all(torch.equal(x.value, y.value) for x, y in zip(a.constants(), b.constants(), strict=True))
+    pairs = zip(a.constants(), b.constants(), strict=True) if a == b else ()
+    return a == b and all(x.value.data_ptr() == y.value.data_ptr() or torch.equal(x.value, y.value) for x, y in pairs)
 
 
 def _named(nodes: tuple[Node, ...]) -> tuple[Node, ...]:

@@ -289,8 +289,8 @@ class Constant:
     @classmethod
     def of_shape(cls, shape: Sequence[int]) -> Constant:
         """Make one of this shape whose numbers are still to be loaded; it takes no memory until then."""
-        constant = cls(0.0)
-        constant.value = constant.value.expand(tuple(shape))
+        constant = cls(())
+        constant.value = _ZERO.expand(tuple(shape))
         return constant
 
     def __eq__(self, other: object) -> bool:
@@ -301,6 +301,9 @@ class Constant:
 
     def __repr__(self) -> str:
         return f"Constant({'×'.join(map(str, self.value.shape)) or 'scalar'})"
+
+
+_ZERO = torch.zeros(())
 
 
 def read_dtype(dtype: str | torch.dtype) -> torch.dtype:

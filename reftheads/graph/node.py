@@ -70,8 +70,8 @@ class Node:
         for label, key in (("name", name), ("share", share)):
             if key is not None:
                 check_key(key, label)
-        if source is not None and not isinstance(source, str):
-            raise ValueError(f"source must be the name of a node, got {shown(source)}")
+        if source is not None:
+            check_key(source, "source")
         if intervention.needs_source and source is None:
             raise ValueError(f"{type(intervention).__name__} reads another node: name it with source=…")
         if source is not None and not (intervention.reads_source or intervention.needs_source):
