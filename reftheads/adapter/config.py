@@ -14,7 +14,16 @@ from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from reftheads._utils.showing import shown
-from reftheads.adapter.files import CONFIG, WEIGHTS, check_seal, find_file, read_object, read_weights, refuse_pickle, seal
+from reftheads.adapter.files import (
+    CONFIG,
+    WEIGHTS,
+    check_seal,
+    find_file,
+    read_object,
+    read_weights,
+    refuse_pickle,
+    seal,
+)
 from reftheads.adapter.fit import split
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.serialisation import fits, in_words, types_of
@@ -63,9 +72,9 @@ class InterventionConfig(PeftConfig):
     def __new__(cls, *args: Any, **options: Any):
         if options.get("modules_to_save"):
             raise ValueError(
-                f"an intervention graph has no modules_to_save, got {shown(options['modules_to_save'])}: use a head, such "
-                "as LinearHead, in place of a new classifier; to train a module of the base model, set requires_grad of "
-                "its weights, and InterventionTrainer saves them"
+                f"an intervention graph has no modules_to_save, got {shown(options['modules_to_save'])}: use a head, "
+                "such as LinearHead, in place of a new classifier; to train a module of the base model, set "
+                "requires_grad of its weights, and InterventionTrainer saves them"
             )
         return super().__new__(cls)
 
@@ -113,7 +122,7 @@ class InterventionConfig(PeftConfig):
                 unpickling, have changed since they were saved, or were saved with another graph.
         """
         path = os.fspath(pretrained_model_name_or_path)
-        config = super().from_pretrained(path, subfolder=subfolder, **kwargs)
+        config: Any = super().from_pretrained(path, subfolder=subfolder, **kwargs)
         refuse_pickle(path, subfolder=subfolder, **kwargs)
         weights = find_file(path, WEIGHTS, subfolder=subfolder, **kwargs)
         file = find_file(path, CONFIG, subfolder=subfolder, **kwargs)
@@ -136,7 +145,9 @@ class InterventionConfig(PeftConfig):
             raise ValueError(f"{path_json_file} has the peft_type {shown(kind)}: no adapter of peft")
         for name in fields.keys() & types.keys() - {"peft_type"}:
             if not fits(fields[name], types[name]):
-                raise ValueError(f"{name} in {path_json_file} must be {in_words(types[name])}, got {shown(fields[name])}")
+                raise ValueError(
+                    f"{name} in {path_json_file} must be {in_words(types[name])}, got {shown(fields[name])}"
+                )
         unknown = sorted(fields.keys() - types.keys() - {"modules_to_save"})
         if unknown:
             warnings.warn(f"{path_json_file} has {shown(unknown)}, which this version does not know", stacklevel=2)

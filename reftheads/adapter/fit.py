@@ -86,7 +86,9 @@ def check_nodes(weights: Mapping[str, Tensor], modules: Mapping[str, NodeModule]
         weights: by the key of a node and the name of its parameter, joined by a dot.
         modules: of the nodes, by key.
     """
-    check_weights(weights, {f"{key}.{name}": tensor for key, node in modules.items() for name, tensor in node.stored().items()})
+    check_weights(
+        weights, {f"{key}.{name}": tensor for key, node in modules.items() for name, tensor in node.stored().items()}
+    )
     for key, node in modules.items():
         stored = {name: weights[f"{key}.{name}"] for name in node.stored()}
         try:
@@ -126,21 +128,21 @@ def check_beside(weights: Mapping[str, Tensor], base: nn.Module, declared: Itera
     for name in sorted(weights.keys() | names):
         if name not in known:
             raise ValueError(
-                f"the adapter would overwrite {shown(name)} of the base model, and an adapter brings its own tensors and "
-                "embeddings alone: do not load it, or take this tensor out"
+                f"the adapter would overwrite {shown(name)} of the base model, and an adapter brings its own tensors "
+                "and embeddings alone: do not load it, or take this tensor out"
             )
         if name not in names:
             raise ValueError(
-                f"the adapter would overwrite {name!r} of the base model, which its configuration does not announce: if "
-                "you trust it, name that tensor under 'embeddings' in its adapter_config.json"
+                f"the adapter would overwrite {name!r} of the base model, which its configuration does not announce: "
+                "if you trust it, name that tensor under 'embeddings' in its adapter_config.json"
             )
         if name not in weights:
             raise ValueError(f"the adapter announces {name!r} of the base model, and does not hold it: save it again")
         if weights[name].shape != known[name].shape:
             rows, own = len(weights[name]) if weights[name].ndim else 1, len(known[name])
             raise ValueError(
-                f"the adapter brings {name!r} of {rows} tokens in shape {tuple(weights[name].shape)}, and this model has "
-                f"{own} in {tuple(known[name].shape)}: call resize_token_embeddings({rows}) of the base model first"
+                f"the adapter brings {name!r} of {rows} tokens in shape {tuple(weights[name].shape)}, and this model "
+                f"has {own} in {tuple(known[name].shape)}: call resize_token_embeddings({rows}) of the base model first"
             )
     check_weights(weights, {name: known[name] for name in weights})
 
@@ -152,7 +154,9 @@ def embeddings_of(base: Any) -> dict[str, Tensor]:
         with suppress(AttributeError, NotImplementedError):  # of no language model
             modules.append(getattr(base, f"get_{side}_embeddings")())
     paths = [path for path, module in base.named_modules() if any(module is one for one in modules)]
-    return {f"{path}.{name}": tensor for path in paths for name, tensor in base.get_submodule(path).state_dict().items()}
+    return {
+        f"{path}.{name}": tensor for path in paths for name, tensor in base.get_submodule(path).state_dict().items()
+    }
 
 
 def _kind(tensor: Tensor) -> Any:

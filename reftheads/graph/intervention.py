@@ -137,8 +137,8 @@ class Intervention(ABC):
         """
         return {}
 
-    def check_parameters(self, p: Params) -> None:
-        """Raise `ValueError` for stored parameters with which nothing can be computed; by default all will do."""
+    def check_parameters(self, p: Params) -> None:  # noqa: B027, since all will do for most
+        """Raise `ValueError` for stored parameters with which nothing can be computed."""
 
 
 class Edit(Intervention):

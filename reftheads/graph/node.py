@@ -132,7 +132,9 @@ class Node:
         """
         check_depth(data, "a node")
         if not isinstance(data, Mapping) or "type" not in data:
-            raise ValueError(f"cannot read the node {shown(data)}: it needs a 'type', and a 'layer' or what else it takes")
+            raise ValueError(
+                f"cannot read the node {shown(data)}: it needs a 'type', and a 'layer' or what else it takes"
+            )
         where = {name: value for name, value in data.items() if name not in ("type", "options")}
         unknown = [name for name in where if name not in _FIELDS]
         if unknown:
@@ -143,7 +145,13 @@ class Node:
             return cls(intervention_from_dict(data["type"], data.get("options", {})), **where)
         except ValueError as error:
             raise ValueError(f"cannot read the node {shown(data)}: {error}") from error
-        except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:  # of a type of one's own
+        except (
+            TypeError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RuntimeError,
+        ) as error:  # of a type of one's own
             raise ValueError(f"cannot read the node {shown(data)}: {error!r}") from error
 
 

@@ -74,7 +74,9 @@ class Site:
         if self.component in BLOCK_COMPONENTS and (not isinstance(self.layer, int) or isinstance(self.layer, bool)):
             raise ValueError(f"component {self.component!r} needs a layer: an integer, got {shown(self.layer)}")
         if self.component not in BLOCK_COMPONENTS and self.layer is not None:
-            raise ValueError(f"component {self.component!r} belongs to no layer: leave layer out, got {shown(self.layer)}")
+            raise ValueError(
+                f"component {self.component!r} belongs to no layer: leave layer out, got {shown(self.layer)}"
+            )
         if self.head is not None and (not isinstance(self.head, int) or isinstance(self.head, bool)):
             raise ValueError(f"head must be an integer, or None for all heads, got {shown(self.head)}")
         if self.head is not None and self.component not in HEAD_COMPONENTS:

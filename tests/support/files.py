@@ -35,7 +35,21 @@ _VALUES = (
     [[]], {}, {"type": "LoReFT"}, {"constant": [16]}, {"constant": [10**10]}, {"constant": [-1]}, {"token_ids": [1, 2]},
     {"token_ids": ["7"]}, "+".join("0" for _ in range(5000)), "9" * 5000,
 )  # fmt: skip
-_KEYS = ("type", "options", "nodes", "rank", "layer", "inner", "self", "cls", "peft_type", "graph", "x", "source", "head")
+_KEYS = (
+    "type",
+    "options",
+    "nodes",
+    "rank",
+    "layer",
+    "inner",
+    "self",
+    "cls",
+    "peft_type",
+    "graph",
+    "x",
+    "source",
+    "head",
+)
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
@@ -92,7 +106,14 @@ def damage_weights(path: Path, random: Random) -> None:
         elif act == 4:
             content[at:at] = random.randbytes(random.choice((1, 8)))
         else:
-            words = (b"F32", b"F64"), (b"F32", b"I32"), (b"F32", b"BOOL"), (b"F32", b"F8_E4M3"), (b"16]", b"99]"), (b"[2", b"[9")
+            words = (
+                (b"F32", b"F64"),
+                (b"F32", b"I32"),
+                (b"F32", b"BOOL"),
+                (b"F32", b"F8_E4M3"),
+                (b"16]", b"99]"),
+                (b"[2", b"[9"),
+            )
             content = content.replace(*random.choice(words), random.choice((1, -1)))
         if len(content) < 9:
             break
