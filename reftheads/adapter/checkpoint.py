@@ -15,7 +15,7 @@ from torch import nn
 
 from reftheads._utils.atomic import filling
 from reftheads.adapter.config import InterventionConfig
-from reftheads.adapter.files import CARD, WEIGHTS, check_adapter_name, check_seal, find_file, refuse_pickle
+from reftheads.adapter.files import CARD, CONFIG, WEIGHTS, check_adapter_name, check_seal, find_file, refuse_pickle
 from reftheads.adapter.fit import CHILD, check_file, embeddings_of
 from reftheads.adapter.tuner import InterventionTuner
 from reftheads.runtime.plan import compile_graph
@@ -202,18 +202,25 @@ class SavablePeftModel(PeftModel):
             ValueError: as in `from_pretrained`; an adapter that this call added is gone again.
         """
         check_adapter_name(adapter_name)
-        model_id, new = os.fspath(model_id), adapter_name not in self.peft_config
-        if new:
-            config = InterventionConfig.from_pretrained(model_id, **kwargs)
-        else:
-            config = self.peft_config[adapter_name]
-        _check_weights(model_id, config, self.get_base_model(), **kwargs)
+        model_id, present = os.fspath(model_id), self.peft_config.get(adapter_name)
+        config: Any = present or InterventionConfig.from_pretrained(model_id, **kwargs)
+        before = config.embeddings
         try:
+            if present is not None:
+                config.embeddings = _announced(model_id, **kwargs)
+            _check_weights(model_id, config, self.get_base_model(), **kwargs)
             return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
         except Exception:
-            if new and adapter_name in self.peft_config:
+            config.embeddings = before
+            if present is None and adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)
             raise
+
+
+def _announced(model_id: str, **hub: Any) -> list[str] | None:
+    """Return the embeddings that a saved adapter says it brings."""
+    file = find_file(model_id, CONFIG, **hub)
+    return None if file is None else InterventionConfig.from_json_file(file).get("embeddings")
 
 
 def _check_weights(model_id: str, config: Any, base: nn.Module, **hub: Any) -> None:

@@ -590,7 +590,44 @@ def test_embeddings_that_are_trained_are_saved_and_come_back(tmp_path, make):
     again = rh.InterventionModel.from_pretrained(make(), tmp_path)
     given = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if make is tiny_t5 else {})
     assert torch.equal(again(**given).logits, model(**given).logits)
-    model.save_pretrained(tmp_path / "again")  # and the file of those that were loaded is the same
+    over = trained(base=make())
+    over.load_adapter(tmp_path, "default")  # as a Trainer does to go on
+    assert torch.equal(over(**given).logits, model(**given).logits)
+
+
+def test_a_load_that_fails_late_leaves_the_model_as_it_was(folder, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("peft.peft_model.set_peft_model_state_dict", full)
+    base, model = tiny_llama(), trained(reft(2, "other"))
+    model.add_adapter("second", reft(0, "third"))
+    model.set_adapter(["second", "default"])
+    for target, load in (
+        (base, lambda: rh.InterventionModel.from_pretrained(base, folder)),
+        (model, lambda: model.load_adapter(folder, "new")),
+    ):
+        before = state(target)
+        with pytest.raises(MemoryError):
+            load()
+        assert state(target) == before
+
+
+def test_an_adapter_of_the_hub_is_checked_too(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.file_exists", lambda repo, name, **_: (folder / name).exists())
+    fetch = lambda repo, name, **_: str(folder / name)  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    for module in ("peft.config", "peft.utils.save_and_load"):
+        monkeypatch.setattr(f"{module}.hf_hub_download", fetch)
+    monkeypatch.setattr("peft.utils.save_and_load.file_exists", lambda **_: True)
+    loads = (rh.InterventionModel.from_pretrained, peft.PeftModel.from_pretrained)
+    want = rh.InterventionModel.from_pretrained(tiny_llama(), folder)(IDS).logits
+    assert all(torch.equal(load(tiny_llama(), "me/emoji").eval()(IDS).logits, want) for load in loads)
+    change_config(folder, lambda c: c["graph"]["nodes"][0].update(layer=2))
+    for load in loads:
+        with pytest.raises(ValueError, match="is a mixture"):
+            load(tiny_llama(), "me/emoji")
 
 
 def test_embeddings_that_are_left_out_are_said_to_be(tmp_path, named):
