@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,18 @@ from torch import nn
 
 from reftheads._utils.atomic import filling
 from reftheads.adapter.config import InterventionConfig
-from reftheads.adapter.files import CARD, CONFIG, WEIGHTS, check_adapter_name, check_seal, find_file, refuse_pickle
-from reftheads.adapter.fit import CHILD, check_file, embeddings_of
+from reftheads.adapter.embeddings import embeddings_of, tell_of_trained_base, with_embeddings
+from reftheads.adapter.files import (
+    CARD,
+    CHILD,
+    CONFIG,
+    WEIGHTS,
+    check_adapter_name,
+    check_seal,
+    find_file,
+    refuse_pickle,
+)
+from reftheads.adapter.fit import check_file
 from reftheads.adapter.tuner import InterventionTuner
 from reftheads.runtime.plan import compile_graph
 
@@ -77,12 +86,11 @@ class SavablePeftModel(PeftModel):
         push = kwargs.pop("push_to_hub", False)
         hub = {name: kwargs.pop(name) for name in ("repo_id", "token", "private") if name in kwargs}
         base = self.get_base_model()
-        kwargs["save_embedding_layers"] = with_embeddings = _with_embeddings(base, kwargs.get("save_embedding_layers"))
+        kwargs["save_embedding_layers"] = beside = with_embeddings(base, kwargs.get("save_embedding_layers"))
         # the whole state is not needed, and bitsandbytes changes 4-bit weights that are asked for theirs
         if kwargs.get("state_dict") is None:
-            embeddings = embeddings_of(base) if with_embeddings else {}
-            beside = {f"base_model.model.{name}": tensor for name, tensor in embeddings.items()}
-            kwargs["state_dict"] = self.tuner.layer.state_dict(prefix=f"base_model.model.{CHILD}.") | beside
+            state = {f"base_model.model.{name}": t for name, t in (embeddings_of(base) if beside else {}).items()}
+            kwargs["state_dict"] = state | self.tuner.layer.state_dict(prefix=f"base_model.model.{CHILD}.")
         for name in kwargs.get("selected_adapters") or self.peft_config:
             if name in self.peft_config:
                 self.peft_config[name].to_dict()  # raises before anything is written
@@ -181,7 +189,7 @@ class SavablePeftModel(PeftModel):
         config = config or InterventionConfig.from_pretrained(model_id, **kwargs)
         config.inference_mode = not is_trainable
         _check_weights(model_id, config, model, **kwargs)
-        _tell_of_trained_base(model_id, model)
+        tell_of_trained_base(model_id, model)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         loaded = cls(model, config, adapter_name)
         try:
@@ -206,7 +214,8 @@ class SavablePeftModel(PeftModel):
         config: Any = present or InterventionConfig.from_pretrained(model_id, **kwargs)
         before = config.embeddings
         try:
-            if present is not None:
+            if present is not None:  # else what reads the configuration has looked at the weights
+                check_seal(_weights(model_id, **kwargs))
                 config.embeddings = _announced(model_id, **kwargs)
             _check_weights(model_id, config, self.get_base_model(), **kwargs)
             return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
@@ -223,53 +232,15 @@ def _announced(model_id: str, **hub: Any) -> list[str] | None:
     return None if file is None else InterventionConfig.from_json_file(file).get("embeddings")
 
 
-def _check_weights(model_id: str, config: Any, base: nn.Module, **hub: Any) -> None:
-    """Raise `ValueError` for weights that are not there, are damaged, or do not fit the graph in this base model."""
+def _weights(model_id: str, **hub: Any) -> str:
+    """Return the path of a saved adapter's weights. Raise `ValueError` where there are none but a pickle."""
     refuse_pickle(model_id, **hub)
     path = find_file(model_id, WEIGHTS, **hub)
     if path is None:
         raise ValueError(f"{model_id} holds no {WEIGHTS}: give the directory or Hub id of a saved adapter")
-    check_seal(path)
-    check_file(path, compile_graph(config.graph, base), base, config.embeddings)
+    return path
 
 
-def _with_embeddings(base: Any, asked: bool | str | None) -> bool:
-    """Return whether a base model's embeddings are saved with an adapter; warn of what is trained and is not saved."""
-    embeddings = dict.fromkeys(embeddings_of(base))
-    trained = [name for name, p in base.named_parameters() if p.requires_grad and not name.startswith(f"{CHILD}.")]
-    changed = _resized(base) or (bool(trained) and all(name in embeddings for name in trained))
-    saved = changed if asked in (None, "auto") else bool(asked)
-    left = [name for name in trained if not (saved and name in embeddings)]
-    left += [*embeddings] if changed and not saved and not left else []
-    if left:
-        warnings.warn(
-            f"the base model has weights that were trained or resized, {left[0]} among them, and that the adapter does "
-            "not hold: save them too, by model.get_base_model().save_pretrained(…)",
-            stacklevel=3,
-        )
-    return saved
-
-
-def _resized(base: Any) -> bool:
-    """Return whether a base model has another number of tokens than the files that it came from, as far as is known."""
-    config, name = getattr(base, "config", None), base.__dict__.get("name_or_path")
-    if config is None or not name:
-        return False
-    local, cached = os.path.join(name, "config.json"), huggingface_hub.try_to_load_from_cache
-    path = local if os.path.isdir(name) else cached(name, "config.json") if "/" in name else None
-    if not isinstance(path, str) or not os.path.exists(path):
-        return False
-    first = type(config).from_pretrained(path)
-    sizes = [getattr(one.get_text_config(), "vocab_size", None) for one in (first, config)]
-    return sizes[0] != sizes[1]
-
-
-def _tell_of_trained_base(model_id: str, base: nn.Module) -> None:
-    """Warn of a checkpoint with weights of the base model that this one was not loaded from."""
-    folder = os.path.join(model_id, "base")
-    if os.path.exists(os.path.join(folder, "config.json")) and base.__dict__.get("name_or_path") != folder:
-        warnings.warn(
-            f"{model_id} holds weights of the base model too, which were trained with the adapter: load the base model "
-            f"from {folder}",
-            stacklevel=3,
-        )
+def _check_weights(model_id: str, config: Any, base: nn.Module, **hub: Any) -> None:
+    """Raise `ValueError` for weights that are not there, or do not fit the graph in this base model."""
+    check_file(_weights(model_id, **hub), compile_graph(config.graph, base), base, config.embeddings)

@@ -22,6 +22,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"  # which is never read
 CARD = "README.md"
+CHILD = "interventions"  # of a base model: under its name lie the nodes' parameters, in weights as well
 
 _LARGEST = 2**26  # bytes of a configuration
 _CHECKSUM, _GRAPH = "reftheads checksum", "reftheads graph"  # in the metadata of weights
@@ -113,7 +114,12 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def seal(weights: Path, graph: Mapping[str, Any]) -> None:
-    """Write into the metadata of a file of weights a checksum, and the hash of the graph that they belong to."""
+    """Write into the metadata of weights a checksum, and the hash of the graph that they belong to, if they lack both.
+
+    Those that have them were saved before, with the graph of that time.
+    """
+    if _GRAPH in read_weights(weights)[1]:
+        return
     content = weights.read_bytes()
     begin = 8 + int.from_bytes(content[:8], "little")
     metadata = {"format": "pt", _CHECKSUM: _checksum(load(content)), _GRAPH: _digest(graph)}
@@ -135,9 +141,9 @@ def check_seal(path: str | os.PathLike, graph: Mapping[str, Any] | None = None) 
         ValueError: weights that have changed since they were saved, or that were saved with another graph.
     """
     tensors, metadata = read_weights(path)
-    if metadata.get(_CHECKSUM, _checksum(tensors)) != _checksum(tensors):
+    if _CHECKSUM in metadata and metadata[_CHECKSUM] != _checksum(tensors):
         raise ValueError(f"{path} is damaged: its checksum is not that of its tensors. Save or copy it again")
-    if graph is not None and metadata.get(_GRAPH, _digest(graph)) != _digest(graph):
+    if graph is not None and _GRAPH in metadata and metadata[_GRAPH] != _digest(graph):
         raise ValueError(
             f"{path} is a mixture with the {CONFIG} beside it: these weights were saved with another graph, as when a "
             "save is broken off, or the file was edited. Save or copy both again"

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor, nn
 from reftheads._utils.memory import free_bytes
 from reftheads._utils.random_numbers import same_random_numbers
 from reftheads._utils.showing import shown
-from reftheads.adapter.files import read_weights
+from reftheads.adapter.embeddings import embeddings_of
+from reftheads.adapter.files import CHILD, read_weights
 from reftheads.runtime.node_module import NodeModule
 from reftheads.runtime.plan import Plan, PlannedNode
 
-CHILD = "interventions"
 _PREFIX = "base_model.model."
 _NODES = f"{CHILD}.rh_nodes."
 
@@ -145,18 +144,6 @@ def check_beside(weights: Mapping[str, Tensor], base: nn.Module, declared: Itera
                 f"has {own} in {tuple(known[name].shape)}: call resize_token_embeddings({rows}) of the base model first"
             )
     check_weights(weights, {name: known[name] for name in weights})
-
-
-def embeddings_of(base: Any) -> dict[str, Tensor]:
-    """Return the tensors of a base model's input and output embeddings by name; none, where it cannot say which."""
-    modules = []
-    for side in ("input", "output"):
-        with suppress(AttributeError, NotImplementedError):  # of no language model
-            modules.append(getattr(base, f"get_{side}_embeddings")())
-    paths = [path for path, module in base.named_modules() if any(module is one for one in modules)]
-    return {
-        f"{path}.{name}": tensor for path in paths for name, tensor in base.get_submodule(path).state_dict().items()
-    }
 
 
 def _kind(tensor: Tensor) -> Any:

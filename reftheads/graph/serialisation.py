@@ -65,10 +65,10 @@ def fits(value: Any, hint: Any) -> bool:
         return any(fits(value, part) for part in get_args(hint))
     if origin is Literal:
         return any(type(value) is type(word) and value == word for word in get_args(hint))
-    if hint is bool or hint is NoneType:
+    if isinstance(value, str) and len(value) > _LONGEST:
+        return False
+    if hint is bool or hint is str or hint is NoneType:
         return isinstance(value, hint)
-    if hint is str:
-        return isinstance(value, str) and len(value) <= _LONGEST
     if hint is int or hint is float:
         return _is_number(value) and (hint is float or isinstance(value, int))
     if hint is Constant:

@@ -461,6 +461,13 @@ def test_a_graph_that_was_saved_with_other_weights_is_refused(tmp_path):
     model.load_adapter(tmp_path / "a", "default")
 
 
+def test_a_configuration_of_another_graph_saved_over_an_adapter_is_a_mixture(folder):
+    rh.InterventionConfig(graph=reft(2)).save_pretrained(folder)
+    refused(folder, "is a mixture")
+    rh.InterventionConfig(graph=reft(1), inference_mode=True).save_pretrained(folder)
+    assert rh.InterventionModel.from_pretrained(tiny_llama(), folder).plan().graph == reft(1)
+
+
 def test_a_configuration_saved_alone_lies_beside_no_weights(tmp_path):
     rh.InterventionConfig(graph=reft()).save_pretrained(tmp_path)
     assert os.listdir(tmp_path) == ["adapter_config.json"]
