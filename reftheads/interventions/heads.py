@@ -20,6 +20,8 @@ from reftheads.interventions.losses import Loss, losses, masked_mean, quantile_l
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
+_MOST_LAYERS = 1000
+
 
 @dataclass(frozen=True)
 class MappingHead(Head):
@@ -290,6 +292,8 @@ class MLPHead(MappingHead):
         super().__post_init__()
         _check_count("hidden", self.hidden, self)
         _check_count("layers", self.layers, self)
+        if self.layers > _MOST_LAYERS:
+            raise ValueError(f"layers of MLPHead must be at most {_MOST_LAYERS}, got {self.layers:,}")
         if self.act_fn not in ACT2FN:
             raise ValueError(f"unknown act_fn {self.act_fn!r}: use one of {', '.join(sorted(ACT2FN))}")
 

@@ -62,7 +62,7 @@ class PlannedNode:
         """
         try:
             return NodeModule(self.node.intervention, self.shape)
-        except ValueError as error:
+        except (ValueError, RuntimeError, OverflowError) as error:  # torch's, of sizes that no memory could hold
             raise ValueError(f"node {self.node.name!r} at {self.node.site}: {error}") from error
 
 

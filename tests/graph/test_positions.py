@@ -315,11 +315,39 @@ def test_a_function_cannot_be_saved_and_says_so():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "f", "f-1", "l1.5", "first", "f7+", "+l7", "f7,l7", "F7", "-", "-:", ":-", "1:2:3", "--1", "3 to 5", "of"],
-)
+    [
+        "", "f", "f-1", "l1.5", "first", "f7+", "+l7", "f7,l7", "F7", "-", "-:", ":-", "1:2:3", "--1", "3 to 5", "of",
+        "0 1", "f 7", "- 1", "1 :3", "1_0", "f١", "１", "²", "f7off7+l7", "9" * 10, "1:" + "9" * 10,
+    ],
+)  # fmt: skip
 def test_what_is_no_rule_is_refused_with_the_rules_that_are(text: str):
     with pytest.raises(ValueError, match=r"cannot read positions .*: use f3, l1, f7\+l7, all, prompt, generated"):
         Positions.parse(text)
+
+
+@pytest.mark.parametrize("text", [" f7+l7", "f7 + l7 ", "\tf7+\nl7", "f7 of f7 + l7"])
+def test_space_between_terms_means_nothing(text: str):
+    assert Positions.parse(text) == Positions.parse(text.strip().replace(" + ", "+").replace("\n", ""))
+
+
+def test_a_sum_of_a_thousand_terms_is_read_and_what_is_longer_is_refused():
+    assert Positions("+".join(map(str, range(1000)))).bound == 1000
+    with pytest.raises(ValueError, match="cannot read positions '999"):
+        Positions.parse("9" * 5000)
+    for count in (1001, 10**6):
+        with pytest.raises(ValueError, match=f"a sum of at most 1000 terms, got {count:,}: use slices"):
+            Positions.parse("+".join(["0"] * count))
+
+
+@pytest.mark.parametrize("ids", ["79", {"7": 1}, 7, None, [True], [1.0], ["7"], [-1], [2**63], [None], [[1]]])
+def test_token_ids_that_are_no_whole_numbers_are_refused(ids):
+    with pytest.raises(ValueError, match="token_ids must be"):
+        Positions.where(ids)
+
+
+@pytest.mark.parametrize("ids", [(7, 9), range(7, 9), torch.tensor([7, 9]), {7}])
+def test_token_ids_may_be_whole_numbers_of_any_kind(ids):
+    assert Positions.where(ids).token_ids == tuple(int(i) for i in ids)
 
 
 @pytest.mark.parametrize("text", ["f7 of f6+l7", "all of f7+l7", "f7 of f7", "of f7+l7", "f7 of f7+all"])
