@@ -17,7 +17,6 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import ModelOutput
 
 from reftheads.architectures.structure import arguments
-from reftheads.graph.intervention import Head
 from reftheads.runtime.hooks import Around, ending
 from reftheads.runtime.interventions import Interventions
 from reftheads.runtime.output import extend, replaced
@@ -111,7 +110,7 @@ def _readers(base: Any, layer: Interventions, kwargs: dict[str, Any]) -> list[Pl
     """Return the nodes that read finished sequences.
 
     Raises:
-        ValueError: no head acts, a model with an encoder, or an input of more than tokens.
+        ValueError: no node reads, a model with an encoder, or an input of more than tokens.
     """
     stacks = {stack.path for plan in layer.plans.values() for stack in plan.stacks if stack.causal}
     if base.config.is_encoder_decoder or len(stacks) != 1:
@@ -123,10 +122,10 @@ def _readers(base: Any, layer: Interventions, kwargs: dict[str, Any]) -> list[Pl
     [path] = stacks
     acting = () if call.disabled else nodes_of(layer, path, call)
     readers = [planned for _, planned, _ in acting if not planned.edits]
-    if not any(isinstance(planned.node.intervention, Head) for planned in readers):
+    if not readers:
         raise ValueError(
-            "return_heads=True, but no head acts: add a node such as rh.Node(rh.LinearHead(1), layer=-1) to the graph, "
-            "or switch its adapter on"
+            "return_heads=True, but no node that reads acts: add one such as rh.Node(rh.LinearHead(1), layer=-1) or "
+            "rh.Node(rh.Collect(), layer=-1) to the graph, or switch its adapter on"
         )
     beside = kwargs.keys() & set(arguments(base)) - _TOKENS
     given = sorted(name for name in beside if kwargs[name] is not None)
