@@ -19,10 +19,12 @@ from transformers.utils.generic import ModelOutput
 from reftheads.architectures.structure import arguments
 from reftheads.runtime.hooks import Around, ending
 from reftheads.runtime.interventions import Interventions
+from reftheads.runtime.lineage import PREPARED, Generation
 from reftheads.runtime.output import extend, replaced
-from reftheads.runtime.passes import HookKey, by_name
+from reftheads.runtime.passes import HookKey, Prompt, by_name
 from reftheads.runtime.plan import PlannedNode
 from reftheads.runtime.roster import nodes_of
+from reftheads.runtime.scope import generation_around, scope_of
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int, Shaped
@@ -35,6 +37,7 @@ def record_prompts(base: nn.Module, layer: Interventions) -> None:
     """Let `base.generate` record its prompts, whoever calls it: PEFT's wrappers, a pipeline, a trainer."""
     if hasattr(type(base), "generate"):
         layer.holds[None].append(Around(base, "generate", partial(_around_generate, base, layer)))
+        layer.holds[None].append(Around(base, "prepare_inputs_for_generation", partial(_around_prepare, layer)))
 
 
 def _around_generate(
@@ -42,6 +45,22 @@ def _around_generate(
 ) -> Any:
     with layer.holding():
         return _generate(base, layer, generate, args, kwargs)
+
+
+def _around_prepare(layer: Interventions, prepare: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Mark the inputs that `generate` prepares for its next pass: others are made within it by the same model."""
+    inputs = prepare(*args, **kwargs)
+    generation = scope_of(layer).generation
+    text = args[0] if args else kwargs.get("input_ids")
+    if generation is None or not isinstance(text, Tensor):
+        return inputs
+    if layer.kind.seq2seq and not generation.begun:  # which may have put a token before the decoder's input
+        given = kwargs.get("decoder_attention_mask")
+        real = torch.ones_like(text[:1], dtype=torch.bool) if given is None else given.bool()
+        assisted = generation.assists
+        generation.main.begin(real, real if assisted is None else assisted.prompt_in(text, real, goes_on=True))
+    generation.note(text)
+    return {**inputs, PREPARED: True}
 
 
 def _generate(
@@ -57,13 +76,14 @@ def _generate(
         else:  # beside one, transformers wants no other options
             kwargs["generation_config"] = copy(config)
             kwargs["generation_config"].return_dict_in_generate = True
-    if base.config.is_encoder_decoder:
-        start = kwargs.get("decoder_input_ids")
-        real = torch.ones((1, 1) if start is None else tuple(start.shape), dtype=torch.bool, device=base.device)
-        with layer.generating(real, real, encoder_prompt=None if prompt_mask is None else prompt_mask.bool()):
-            return generate(*args, **kwargs)
     candidates = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     inputs = next((given for given in candidates if given is not None), None)
+    assisted = generation_around() if option(base, kwargs, "is_assistant") else None
+    if layer.kind.seq2seq:
+        start = torch.ones((1, 1), dtype=torch.bool, device=base.device)
+        main = Prompt(start, start, None if prompt_mask is None else prompt_mask.bool())
+        with layer.holding(Generation(main, encoder_ids=inputs, assists=assisted)):
+            return generate(*args, **kwargs)
     if inputs is None:  # generation starts from one token that begins a text
         real = torch.ones((1, 1), dtype=torch.bool, device=base.device)
     else:
@@ -75,8 +95,17 @@ def _generate(
             f"prompt_mask has shape {tuple(prompt_mask.shape)}, but the input {tuple(real.shape)} (rows, columns): "
             "give one entry a column"
         )
+    ids = inputs if inputs is not None and inputs.shape == real.shape else None
+    if readers and inputs is not None and ids is None:
+        raise ValueError(
+            f"return_heads=True reads whole sequences, and generate was given the tokens of {inputs.shape[1]} of "
+            f"{real.shape[1]} columns: give all of them, beside past_key_values too"
+        )
     prompt = real if prompt_mask is None else real & prompt_mask.bool()
-    with layer.generating(real, prompt):
+    around = assisted or scope_of(layer).generation
+    if prompt_mask is None and around is not None and ids is not None:  # it may go on with the text of that one
+        prompt = around.prompt_in(ids, real, goes_on=assisted is not None)
+    with layer.holding(Generation(Prompt(real, prompt), ids)):
         out = generate(*args, **kwargs)
     if not readers:
         return out
