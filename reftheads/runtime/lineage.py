@@ -71,6 +71,7 @@ class Generation:
         encoder_ids: the input of an encoder before it.
         begun: whether it has prepared a pass.
         written: the newest text that it has prepared a pass for.
+        chosen: of every step, the tokens that were generated in any row.
         known: texts of earlier passes that continued nothing.
         assists: the generation whose text it drafts, as the assistant of that one.
         derived: parameters with what follows from them, since weights stay as they are meanwhile.
@@ -81,6 +82,7 @@ class Generation:
     encoder_ids: Tensor | None = None
     begun: bool = False
     written: Int[Tensor, "rows written"] | None = None
+    chosen: list[set[int]] = field(default_factory=list)
     known: list[Known] = field(default_factory=list)
     assists: Generation | None = None
     derived: dict[NodeModule, Params | None] = field(default_factory=dict)
@@ -175,14 +177,14 @@ class Generation:
         if self.ids is None or self.main.prompt is None:
             return None
         texts = [row[there].tolist() for row, there in zip(ids.cpu(), real.cpu(), strict=True)]
-        new, flags = self._new_tokens(), []
+        self._note_choices()
+        flags: list[Flags] = []
         options: list[dict[Flags, bool]] = [{} for _ in texts]
         for known in [self._main_known(), *self.known]:
-            generated = [row[known.since :] for row in new]
             for text, option, rows in zip(texts, options, known.begun_by(texts), strict=True):
                 for i in rows:
                     rest = text[len(known.rows[i]) :]
-                    sure = goes_on or not rest or any(row[: len(rest)] == rest for row in generated)
+                    sure = goes_on or self._chose(rest, known.since)
                     is_prompt = (*known.flags[i], *[False] * len(rest))
                     option[is_prompt] = sure or option.get(is_prompt, False)
         for text, option in zip(texts, options, strict=True):
@@ -192,17 +194,27 @@ class Generation:
                 return None
             flags.append(likely.pop())
         if not all(options):
-            self.known.append(Known(texts, flags, max(map(len, new), default=0)))
+            self.known.append(Known(texts, flags, len(self.chosen)))
         prompt = torch.zeros_like(real, device="cpu")
         for row, there, is_prompt in zip(prompt, real.cpu(), flags, strict=True):
             row[there] = torch.tensor(is_prompt, dtype=torch.bool)
         return prompt.to(real.device)
 
-    def _new_tokens(self) -> list[list[int]]:
-        """Return the tokens that have been generated, of every row."""
+    def _note_choices(self) -> None:
         if self.written is None or self.ids is None:
-            return []
-        return self.written[:, self.ids.shape[1] :].tolist()
+            return
+        columns = self.written[:, self.ids.shape[1] :].T.tolist()
+        self.chosen += [set() for _ in columns[len(self.chosen) :]]
+        for chosen, column in zip(self.chosen, columns, strict=False):
+            chosen.update(column)
+
+    def _chose(self, tokens: list[int], since: int) -> bool:
+        """Return whether these tokens were generated from a step on, though not all in one row.
+
+        Beams change places, and transformers does not reorder what it keeps of a second prompt.
+        """
+        steps = self.chosen[since : since + len(tokens)]
+        return len(steps) == len(tokens) and all(token in chosen for token, chosen in zip(tokens, steps, strict=True))
 
     def _main_known(self) -> Known:
         assert self.ids is not None and self.main.prompt is not None
