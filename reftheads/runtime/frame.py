@@ -91,7 +91,7 @@ def frame_of(
 
 
 def _refuse_unclear(rules: Sequence[Positions]) -> None:
-    """Raise `ValueError` for a rule that means other tokens where a pass within `generate` begins a prompt of its own."""
+    """Raise `ValueError` for a rule that means other tokens where a pass begins a prompt of its own."""
     rule = next((rule for rule in rules if rule.needs_prompt or rule.rule is not None), None)
     if rule is not None:
         raise ValueError(

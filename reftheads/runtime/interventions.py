@@ -28,8 +28,8 @@ from reftheads.runtime.acting import touch
 from reftheads.runtime.checkpointing import KeepCall
 from reftheads.runtime.frame import BaseKind, frame_of
 from reftheads.runtime.hooks import Around, attach, refuse_lost, take_places_again
-from reftheads.runtime.output import extend
 from reftheads.runtime.lineage import PREPARED, Generation
+from reftheads.runtime.output import extend
 from reftheads.runtime.passes import Acting, HookKey, NodeKey, Prompt, Run, by_name
 from reftheads.runtime.plan import Plan
 from reftheads.runtime.roster import acting_on, nodes_of
@@ -181,7 +181,7 @@ class Interventions(nn.Module, BaseTunerLayer):
         return extend(output, by_name(call.readings), call.targets, call.labels) if call.readings else output
 
     def _continued(self, call: Call, inputs: Mapping[str, Any]) -> Prompt:
-        """Return the prompt that a call within `generate` continues, for which `generate` did not prepare the inputs."""
+        """Return the prompt that a call within `generate` continues which is none of its own next steps."""
         assert call.generation is not None
         if self.kind.seq2seq:  # its prompt mask is the encoder's
             return call.generation.of_decoder(inputs)
@@ -315,7 +315,7 @@ class Interventions(nn.Module, BaseTunerLayer):
         return entering(self, adapters=call.adapters, disabled=call.disabled, **within)
 
     def generating(self, real: Tensor, prompt: Tensor) -> AbstractContextManager:
-        """Within, passes marked as `PREPARED` continue this input: Bool[rows columns] each, real tokens and the prompt's."""
+        """Within, passes marked as `PREPARED` continue this input: Bool[rows columns] each, tokens and the prompt's."""
         return self.holding(Generation(Prompt(real, prompt)))
 
 

@@ -142,7 +142,7 @@ class Generation:
     def _real(
         self, ids: Tensor | None, mask: Tensor | None, shape: tuple[int, int], device: torch.device
     ) -> Bool[Tensor, "rows columns"]:
-        """Return which columns hold tokens; without a mask, columns that were padding in the generation's input do not."""
+        """Return which columns hold tokens; without a mask, what was padding in the generation's input does not."""
         if mask is not None:
             return mask.bool()
         real = torch.ones(shape, dtype=torch.bool, device=device)
@@ -155,7 +155,7 @@ class Generation:
         return real
 
     def _going_on(self, real: Tensor, continued: Prompt | None, mask: Tensor | None) -> Prompt:
-        """Return the prompt for which a cache was filled; of a cache that knows of none, all that it holds is prompt."""
+        """Return the prompt for which a cache was filled; all is prompt in a cache that knows of none."""
         if continued is None:
             return Prompt(real, real)
         rows, columns = continued.real.shape

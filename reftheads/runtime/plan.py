@@ -210,8 +210,8 @@ def _check_whole(planned: PlannedNode, parts: Parts) -> None:
     if cut is not None:
         raise ValueError(
             f"node {node.name!r} at {node.site}: tensor parallelism gives each process a part of what is at the {cut} "
-            f"of {path!r}, and a node needs all of its features: use block_output, attention_output or mlp_output (LoRA "
-            "needs a linear module that is whole), or load the model without tp_plan"
+            f"of {path!r}, and a node needs all of its features: use block_output, attention_output or mlp_output "
+            "(LoRA: a linear module that is whole), or load the model without tp_plan"
         )
 
 

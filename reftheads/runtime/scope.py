@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from reftheads.runtime.output import Reading
 from reftheads.runtime.lineage import Generation
+from reftheads.runtime.output import Reading
 from reftheads.runtime.passes import NodeKey, Prompt, Run
 
 if TYPE_CHECKING:

@@ -60,10 +60,11 @@ if options:
         for where in places:
             base = load()
             try:
-                rh.InterventionModel(base, rh.InterventionGraph(rh.Node(rh.Steering(), 0), rh.Node(what, **where, name="edit")))
+                graph = rh.InterventionGraph(rh.Node(rh.Steering(), 0), rh.Node(what, **where, name="edit"))
+                rh.InterventionModel(base, graph)
                 raise AssertionError(f"{what} at {where} was not refused")
             except ValueError as error:
-                assert "node 'edit'" in str(error) and "tensor parallelism gives each process a part" in str(error), error
+                assert "node 'edit'" in str(error) and "tensor parallelism gives each process" in str(error), error
             assert not hasattr(base, "interventions") and not base.model.layers[0]._forward_hooks
 torch.save(found, f"{out}.{dist.get_rank()}")
 leave()
