@@ -219,10 +219,12 @@ class Interventions(nn.Module, BaseTunerLayer):
         return output
 
     def _new_run(self, stack: StackInfo, call: Call, args: tuple, kwargs: dict[str, Any]) -> Run | None:
-        if call.disabled or self._behind_prompts(stack, call, kwargs.get("past_key_values")):
+        cache = kwargs.get("past_key_values")
+        if self._behind_prompts(stack, call, cache):
             return None
-        nodes = list(nodes_of(self, stack.path, call))
-        if not nodes:
+        nodes = [] if call.disabled else list(nodes_of(self, stack.path, call))
+        known = call.generation is not None and stack.causal and not torch.compiler.is_compiling()
+        if not nodes and not (known and trace_of(cache) is not None):
             return None
         inputs = _named(self._argument_names[stack.path], args) | kwargs
         ids = inputs.get("input_ids")
@@ -237,18 +239,9 @@ class Interventions(nn.Module, BaseTunerLayer):
             if block.gradient_checkpointing and checkpoint is not None and not isinstance(checkpoint, KeepCall):
                 block._gradient_checkpointing_func = KeepCall(self, checkpoint)  # type: ignore[assignment]
         run = Run(stack.path, frame, acting, shape, call.continues)
-        if stack.causal and call.generation is not None and not torch.compiler.is_compiling():
-            self._check_cache(run, call, inputs.get("past_key_values"))
-        return run
-
-    def _check_cache(self, run: Run, call: Call, cache: Any) -> None:
-        """Raise `ValueError` for a cache that was filled for another prompt, with other edits in what it holds."""
-        trace = trace_of(cache)
-        if call.generation is None or (trace is not None and trace.continues is call.continues):
-            return
-        if isinstance(run.frame.past, Tensor) or run.frame.past:
-            text = call.generation.ids if call.continues is call.generation.main else None
-            refuse_other_edits(run, cache, text)
+        if known and call.generation is not None:
+            refuse_other_edits(run, cache, call.generation.ids if call.continues is call.generation.main else None)
+        return run if nodes else None
 
     def _behind_prompts(self, stack: StackInfo, call: Call, cache: Any) -> bool:
         """Return whether this is a step of `generate` that no node can act in, as most steps of most graphs are."""

@@ -99,6 +99,8 @@ def refuse_other_edits(run: Run, cache: Any, text: Tensor | None) -> None:
         text: the tokens of all columns, where they are known.
     """
     trace = trace_of(cache) or Trace()
+    if trace.continues is not None and trace.continues is run.continues:
+        return
     past, now = int(run.frame.past), _acted_in(run)
     for span, start, stop in trace.stretches(past):
         ids = text[:, start:stop] if span is None and text is not None else span and span.ids(start, stop)
