@@ -67,9 +67,11 @@ def frame_of(
     past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on in place
     mask, ids = _mask_and_ids(kind, stack, call, inputs, shape, past)
     flat = mask if _is_flat(mask) else None
-    if call.generation is not None and stack.causal and shape is not None:
-        return Frame(past, *call.generation.masks(shape[0]), ids)
     relative = next((rule for rule in rules if rule.needs_prompt), None)
+    if call.continues is not None and stack.causal and shape is not None:
+        if call.continues.prompt is None:
+            _refuse_unclear(rules)
+        return Frame(past, *call.continues.masks(shape[0]), ids)
     if relative is not None and _packed(inputs):
         raise ValueError(f"positions {str(relative)!r} need one row a sequence, and these rows are packed: unpack them")
     prompt = _prompt_mask(kind, stack, call, shape, past)
@@ -118,12 +120,24 @@ def _is_flat(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2
 
 
+def _refuse_unclear(rules: Sequence[Positions]) -> None:
+    """Raise `ValueError` for a rule that means other tokens where a pass begins a prompt of its own."""
+    rule = next((rule for rule in rules if rule.needs_prompt or rule.rule is not None), None)
+    if rule is not None:
+        raise ValueError(
+            f"positions {str(rule)!r} depend on where the prompt ends, and this call within generate could go on with "
+            "its prompt or begin one of its own: call the PeftModel, for which it is a prompt of its own, or pass "
+            "prompt_mask"
+        )
+
+
 def _prompt_mask(
     kind: BaseKind, stack: StackInfo, call: Call, shape: tuple[int, int] | None, past: int | Tensor
 ) -> Bool[Tensor, "rows columns"] | None:
     if kind.feeds_input(stack):
-        recorded = call.generation is not None and not stack.causal
-        mask = call.generation.encoder_prompt if recorded and call.generation is not None else call.prompt_mask
+        mask = call.prompt_mask
+        if mask is None and call.continues is not None and not stack.causal:
+            mask = call.continues.encoder_prompt
         if mask is not None:
             return mask
     labels = call.labels

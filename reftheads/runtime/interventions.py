@@ -13,7 +13,7 @@ edits. The module itself knows nothing of any call; see `scope`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -28,11 +28,13 @@ from reftheads.runtime.acting import touch
 from reftheads.runtime.checkpointing import KeepCall
 from reftheads.runtime.frame import BaseKind, frame_of
 from reftheads.runtime.hooks import Around, attach, refuse_lost, take_places_again
+from reftheads.runtime.lineage import PREPARED, Generation
 from reftheads.runtime.output import extend
-from reftheads.runtime.passes import Acting, Generation, HookKey, NodeKey, Run, by_name
+from reftheads.runtime.passes import Acting, HookKey, NodeKey, Prompt, Run, by_name
 from reftheads.runtime.plan import Plan
 from reftheads.runtime.roster import acting_on, nodes_of
 from reftheads.runtime.scope import Call, call_of, change_from_here, entering, scope_of
+from reftheads.runtime.traces import leave_trace, refuse_other_edits, trace_of
 
 RUN = "interventions_run"  # the argument by which a base model, or a stack, is handed the run of a pass
 
@@ -149,7 +151,7 @@ class Interventions(nn.Module, BaseTunerLayer):
         """Return a call that begins here and now.
 
         Args:
-            what: labels, prompt_mask and targets, as in `Call`.
+            what: continues, labels, prompt_mask and targets, as in `Call`.
         """
         refuse_lost(self.holds.values())
         scope = scope_of(self)
@@ -168,14 +170,23 @@ class Interventions(nn.Module, BaseTunerLayer):
         ours = {"prompt_mask", *(name for plan in self.plans.values() for name in plan.targets)} & kwargs.keys()
         targets = {name: kwargs[name] for name in ours if kwargs[name] is not None}
         kwargs = {name: value for name, value in kwargs.items() if name not in ours} if ours else kwargs
+        run, prepared = kwargs.pop(RUN, None), kwargs.pop(PREPARED, False)
         inputs = _named(self._argument_names[None], args) | kwargs
-        run = kwargs.pop(RUN, None)
         prompt_mask = targets.pop("prompt_mask", None)
         call = self.new_call(labels=inputs.get("labels"), prompt_mask=prompt_mask, targets=targets, inputs=inputs)
+        if call.generation is not None:
+            call.continues = call.generation.main if prepared else self._continued(call, inputs)
         with call:
             call.handed |= {} if run is None else {run.stack: run}
             output = forward(*args, **kwargs)
         return extend(output, by_name(call.readings), call.targets, call.labels) if call.readings else output
+
+    def _continued(self, call: Call, inputs: Mapping[str, Any]) -> Prompt:
+        """Return the prompt that a call within `generate` continues which is none of its own next steps."""
+        assert call.generation is not None
+        if self.kind.seq2seq:  # its prompt mask is the encoder's
+            return call.generation.of_decoder(inputs)
+        return call.generation.prompt_of(inputs, call.prompt_mask)
 
     # --- a call of a stack --------------------------------------------------------------------------------
 
@@ -185,6 +196,9 @@ class Interventions(nn.Module, BaseTunerLayer):
         if call is not None and stack.path not in call.runs:
             return self._run(stack, call, forward, args, kwargs)
         with self.new_call(prompt_mask=kwargs.pop("prompt_mask", None)) as alone:
+            if alone.generation is not None:
+                inputs = _named(self._argument_names[stack.path], args) | kwargs
+                alone.continues = alone.generation.of_stack(stack.causal, inputs, alone.prompt_mask)
             return self._run(stack, alone, forward, args, kwargs)
 
     def _run(
@@ -197,16 +211,21 @@ class Interventions(nn.Module, BaseTunerLayer):
         run.readings.update(call.readings)
         call.runs[stack.path] = run
         try:
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
         finally:
             del call.runs[stack.path]
             call.readings.update(run.readings)
+        if stack.causal and not torch.compiler.is_compiling():
+            leave_trace(run, getattr(output, "past_key_values", None))
+        return output
 
     def _new_run(self, stack: StackInfo, call: Call, args: tuple, kwargs: dict[str, Any]) -> Run | None:
-        if call.disabled or self._behind_prompts(stack, call, kwargs.get("past_key_values")):
+        cache = kwargs.get("past_key_values")
+        if self._behind_prompts(stack, call, cache):
             return None
-        nodes = list(nodes_of(self, stack.path, call))
-        if not nodes:
+        nodes = [] if call.disabled else list(nodes_of(self, stack.path, call))
+        known = call.generation is not None and stack.causal and not torch.compiler.is_compiling()
+        if not nodes and not (known and trace_of(cache) is not None):
             return None
         inputs = _named(self._argument_names[stack.path], args) | kwargs
         ids = inputs.get("input_ids")
@@ -220,14 +239,17 @@ class Interventions(nn.Module, BaseTunerLayer):
             checkpoint = getattr(block, "_gradient_checkpointing_func", None)
             if block.gradient_checkpointing and checkpoint is not None and not isinstance(checkpoint, KeepCall):
                 block._gradient_checkpointing_func = KeepCall(self, checkpoint)  # type: ignore[assignment]
-        return Run(stack.path, frame, acting, shape, call.generation)
+        run = Run(stack.path, frame, acting, shape, call.continues)
+        if known and call.generation is not None:
+            refuse_other_edits(run, cache, call.generation.ids if call.continues is call.generation.main else None)
+        return run if nodes else None
 
     def _behind_prompts(self, stack: StackInfo, call: Call, cache: Any) -> bool:
         """Return whether this is a step of `generate` that no node can act in, as most steps of most graphs are."""
-        if call.generation is None or cache is None or not stack.causal:
+        if call.continues is None or call.continues.prompt is None or cache is None or not stack.causal:
             return False
         past = cache.get_seq_length()
-        behind = isinstance(past, int) and past >= call.generation.prompt.shape[1]
+        behind = isinstance(past, int) and past >= call.continues.prompt.shape[1]
         return behind and all(plan.only_prompts(stack.path) for plan in self.plans.values())
 
     # --- a call of a module -------------------------------------------------------------------------------
@@ -280,14 +302,15 @@ class Interventions(nn.Module, BaseTunerLayer):
         """Within, calls go on with the adapters that act now, whatever is switched elsewhere.
 
         Args:
-            generation: what they all continue.
+            generation: within which they are made.
         """
         call = self.new_call()
-        return entering(self, adapters=call.adapters, disabled=call.disabled, generation=generation or call.generation)
+        within = {} if generation is None else {"generation": generation}
+        return entering(self, adapters=call.adapters, disabled=call.disabled, **within)
 
-    def generating(self, real: Tensor, prompt: Tensor, encoder_prompt: Tensor | None = None) -> AbstractContextManager:
-        """Within, every pass continues this input: Bool[rows columns] each, real tokens and those of the prompt."""
-        return self.holding(Generation(real, prompt, encoder_prompt))
+    def generating(self, real: Tensor, prompt: Tensor) -> AbstractContextManager:
+        """Within, passes marked as `PREPARED` continue this input: Bool[rows columns] each, tokens and the prompt's."""
+        return self.holding(Generation(Prompt(real, prompt)))
 
 
 def _named(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:

@@ -211,6 +211,15 @@ def test_a_gate_and_its_source_are_trained_side_by_side(setting):
     setting.check(1e-9)
 
 
+def test_a_gate_and_another_edit_at_one_site_act_in_the_order_of_the_graph_in_every_trial(setting):
+    setting.graph = rh.InterventionGraph(
+        head(0, "gate", outputs=1, target=None),
+        rh.Node(rh.Gated(rh.LoReFT(rank=2, dtype="float64")), 1, positions="l2", name="gated", source="gate"),
+        rh.Node(rh.LoReFT(rank=2, dtype="float64"), 1, positions="l2", name="beside"),
+    )
+    setting.check(1e-9)
+
+
 def test_one_trial_is_one_run(setting):
     model, [trial] = setting.sweep(rates=(), seeds=[5], learning_rate=7e-3)
     assert (trial.adapter_name, trial.learning_rate, trial.seed) == ("trial_0", 7e-3, 5)
