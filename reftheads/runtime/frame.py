@@ -72,7 +72,11 @@ def frame_of(
     relative = next((rule for rule in rules if rule.needs_prompt), None)
     if relative is not None and _packed(inputs):
         raise ValueError(f"positions {str(relative)!r} need one row a sequence, and these rows are packed: unpack them")
-    prompt = _prompt_mask(kind, stack, call, shape, past)
+    prompt = _given_mask(kind, stack, call)
+    if prompt is None:
+        prompt = _before_labels(kind, stack, call, shape, past)
+        if prompt is not None and relative is not None:
+            _check_prompts(prompt, flat, relative)
     if prompt is None and shape is not None and relative is not None:
         if mask is not None and flat is None:
             raise ValueError(
@@ -88,14 +92,18 @@ def frame_of(
     return Frame(past, flat, prompt, ids)
 
 
-def _prompt_mask(
+def _given_mask(kind: BaseKind, stack: StackInfo, call: Call) -> Bool[Tensor, "rows columns"] | None:
+    """Return the prompt mask that a stack was given, if it is fed what the mask is about."""
+    if not kind.feeds_input(stack):
+        return None
+    recorded = call.generation is not None and not stack.causal
+    return call.generation.encoder_prompt if recorded and call.generation is not None else call.prompt_mask
+
+
+def _before_labels(
     kind: BaseKind, stack: StackInfo, call: Call, shape: tuple[int, int] | None, past: int | Tensor
 ) -> Bool[Tensor, "rows columns"] | None:
-    if kind.feeds_input(stack):
-        recorded = call.generation is not None and not stack.causal
-        mask = call.generation.encoder_prompt if recorded and call.generation is not None else call.prompt_mask
-        if mask is not None:
-            return mask
+    """Return the columns before the first label of each row; `None` where labels say nothing of a prompt."""
     labels = call.labels
     if not stack.causal or not kind.generative or labels is None or shape is None or labels.shape != shape:
         return None
@@ -104,6 +112,27 @@ def _prompt_mask(
     before = answered.cumsum(1) - answered if kind.seq2seq else answered.cumsum(1)
     cached = before.new_zeros((shape[0], int(past)))  # labels cover this chunk; what lies before is prompt
     return torch.cat([cached, before], dim=1) == 0
+
+
+def _check_prompts(prompt: Bool[Tensor, "rows columns"], mask: Tensor | None, rule: Positions) -> None:
+    """Raise `ValueError` for a row whose labels begin at its first token: nothing would be selected there.
+
+    A compiled call does not look at values.
+    """
+    if torch.compiler.is_compiling():
+        return
+    real = torch.ones_like(prompt) if mask is None else mask.to(prompt.device).bool()
+    width = min(prompt.shape[1], real.shape[1])
+    without = real.any(1) & ~(prompt[:, :width] & real[:, :width]).any(1)
+    if not bool(without.any()):
+        return
+    row, count = int(without.int().argmax()), int(without.sum())
+    raise ValueError(
+        f"positions {str(rule)!r} depend on where the prompt ends, and the labels of row {row} ({count} of "
+        f"{len(without)} rows) begin at its first token: nothing would be edited or read there. Pass labels with -100 "
+        "on the prompt, as encode_pairs and encode_chat make them (TRL: columns prompt and completion, or messages "
+        "with assistant_only_loss=True); or pass prompt_mask; or use positions='all'"
+    )
 
 
 def _packed(inputs: Mapping[str, Any]) -> bool:
