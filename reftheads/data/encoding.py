@@ -73,7 +73,7 @@ def encode_chat(
     turns: Literal["last", "all"] = "last",
     max_length: int | None = None,
 ) -> list[dict[str, list[int]]]:
-    """Encode every conversation as one row by the tokenizer's chat template, of which the last answer is learnt, or all.
+    """Encode every conversation as one row by the tokenizer's chat template; learnt is its last answer, or all of them.
 
     The prompt is all that comes before the first answer that is learnt, up to and with the template's start of an
     assistant's turn, just as `apply_chat_template(…, add_generation_prompt=True)` gives it to `generate`.
@@ -251,7 +251,7 @@ def _rows(prompts: list[list[int]], rests: list[list[list[int]]], max_length: in
     """Join prompts with what follows, and cut prompts at the left where a row is too long.
 
     Args:
-        rests: what follows each prompt: an answer, which is learnt, what comes before the next, which is not, and so on.
+        rests: what follows each prompt: an answer, which is learnt; what comes before the next, which is not; and so on.
     """
     rows, cut = [], 0
     for prompt, rest in zip(prompts, rests, strict=True):

@@ -16,7 +16,7 @@ INPUTS = ("input_ids", "attention_mask", "prompt_mask", "token_type_ids", "posit
 """Columns of a row that say what the model is fed, so that -100 means nothing in them."""
 
 LEARNT = ("completion_mask", "assistant_masks")
-"""Columns that mark what is learnt, as TRL and `apply_chat_template(…, return_assistant_tokens_mask=True)` make them."""
+"""Columns that mark what is learnt: of TRL, and of `apply_chat_template(…, return_assistant_tokens_mask=True)`."""
 
 Row = Mapping[str, Any]
 
