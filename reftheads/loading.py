@@ -23,6 +23,7 @@ EMBEDDED = {"tiny-chat": Path(__file__).parent / "tiny_chat"}
 _WHERE = "revision subfolder token cache_dir local_files_only force_download proxies code_revision".split()
 
 
+@torch.inference_mode(False)  # through what is loaded within it no gradient would pass
 def load_base(
     name: str = "tiny-chat",
     *,

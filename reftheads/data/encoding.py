@@ -251,7 +251,7 @@ def _rows(prompts: list[list[int]], rests: list[list[list[int]]], max_length: in
     """Join prompts with what follows, and cut prompts at the left where a row is too long.
 
     Args:
-        rests: what follows each prompt: an answer, which is learnt; what comes before the next, which is not; and so on.
+        rests: of each row an answer, which is learnt; what comes before the next, which is not; and so on.
     """
     rows, cut = [], 0
     for prompt, rest in zip(prompts, rests, strict=True):

@@ -59,8 +59,9 @@ def frame_of(
         rules: of the nodes that act.
 
     Raises:
-        ValueError: a rule about prompts and nothing that says where they end, while a language model is trained;
-            rows that hold several sequences; a mask that does not show which columns are tokens.
+        ValueError: a rule about prompts and nothing that says where they end, or labels from a row's first token on,
+            while a language model is trained; rows that hold several sequences; a mask that does not show which
+            columns are tokens.
     """
     cache = inputs.get("past_key_values")
     past = cache.get_seq_length() if cache is not None else 0
@@ -75,8 +76,8 @@ def frame_of(
     prompt = _given_mask(kind, stack, call)
     if prompt is None:
         prompt = _before_labels(kind, stack, call, shape, past)
-        if prompt is not None and relative is not None:
-            _check_prompts(prompt, flat, relative)
+        if prompt is not None and call.training:
+            _check_prompts(prompt, flat, rules)
     if prompt is None and shape is not None and relative is not None:
         if mask is not None and flat is None:
             raise ValueError(
@@ -114,24 +115,26 @@ def _before_labels(
     return torch.cat([cached, before], dim=1) == 0
 
 
-def _check_prompts(prompt: Bool[Tensor, "rows columns"], mask: Tensor | None, rule: Positions) -> None:
-    """Raise `ValueError` for a row whose labels begin at its first token: nothing would be selected there.
+def _check_prompts(prompt: Bool[Tensor, "rows columns"], mask: Tensor | None, rules: Sequence[Positions]) -> None:
+    """Raise `ValueError` for a row whose labels begin at its first token, where a rule would select nothing.
 
-    A compiled call does not look at values.
+    In training, since nothing would be learnt; evaluation may judge rows without a prompt, and does not wait for a
+    device to look at them. A compiled call does not look at values either.
     """
-    if torch.compiler.is_compiling():
+    rule = next((rule for rule in rules if rule.needs_prompt and str(rule) != "generated"), None)
+    if rule is None or torch.compiler.is_compiling():
         return
     real = torch.ones_like(prompt) if mask is None else mask.to(prompt.device).bool()
     width = min(prompt.shape[1], real.shape[1])
     without = real.any(1) & ~(prompt[:, :width] & real[:, :width]).any(1)
     if not bool(without.any()):
         return
-    row, count = int(without.int().argmax()), int(without.sum())
     raise ValueError(
-        f"positions {str(rule)!r} depend on where the prompt ends, and the labels of row {row} ({count} of "
-        f"{len(without)} rows) begin at its first token: nothing would be edited or read there. Pass labels with -100 "
-        "on the prompt, as encode_pairs and encode_chat make them (TRL: columns prompt and completion, or messages "
-        "with assistant_only_loss=True); or pass prompt_mask; or use positions='all'"
+        f"positions {str(rule)!r} depend on where the prompt ends, and the labels of row {int(without.int().argmax())} "
+        f"begin at its first token, as those of {int(without.sum())} of {len(without)} rows do: no token would be "
+        "selected there. Pass labels with -100 on the prompt, as encode_pairs and encode_chat make them (in TRL: "
+        "columns prompt and completion, or messages with assistant_only_loss=True); or prompt_mask; or use "
+        "positions='all'"
     )
 
 

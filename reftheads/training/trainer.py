@@ -1,20 +1,19 @@
 """A transformers Trainer that knows intervention graphs."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from reftheads.adapter.model import InterventionModel
 from reftheads.data.collator import Collator
-from reftheads.data.rows import column_names, column_values, complete_dataset, count_rows
-from reftheads.data.targets import check_column
-from reftheads.graph.intervention import Head
+from reftheads.data.rows import LEARNT, complete_dataset, count_rows
 from reftheads.reuse.budget import choose_store
 from reftheads.reuse.forecast import Forecast, describe
 from reftheads.reuse.replay import Replay
@@ -22,12 +21,15 @@ from reftheads.reuse.store import ActivationStore
 from reftheads.runtime.interventions import Interventions
 from reftheads.training.answers import generated_answers
 from reftheads.training.base_weights import SavesBase
+from reftheads.training.checkpoints import WholeCheckpoints
+from reftheads.training.columns import check_columns
+from reftheads.training.masks import as_masks, as_numbers
 from reftheads.training.means import MeanLosses
 from reftheads.training.rates import own_rates
 from reftheads.training.sampling import sampled_batches
 
 
-class InterventionTrainer(SavesBase):
+class InterventionTrainer(SavesBase, WholeCheckpoints):
     """Train an `InterventionModel` as `transformers.Trainer` does, with what it needs besides.
 
     * Batches are padded by `Collator`, and keep `prompt_mask` and the heads' target columns.
@@ -35,7 +37,9 @@ class InterventionTrainer(SavesBase):
       these. It is logged as `loss_<name>`, and by `evaluate` as `eval_loss_<name>`; both are means over all targets.
     * With `predict_with_generate`, the prompts alone are fed, and what is generated from them is compared.
     * A node with its own learning rate, such as `LinearHead(…, lr=1e-3)`, gets its own parameter group.
-    * Checkpoints hold the base model's weights too, in a folder `base`, if any of them is trained.
+    * Checkpoints hold the base model's weights too, in a folder `base`, if any of them is trained. Each is there as a
+      whole or not at all, whenever the process is killed, so that `resume_from_checkpoint=True` goes on.
+    * Masks among predictions, such as `selected`, are false on padding when they come to `compute_metrics`.
     * A step computes only what the graph can change, and takes the rest from a store; see
       `InterventionModel.reusing`. `reuse_summary` says what is reused; how often the store had what was wanted, and
       how large it is, is logged beside the loss.
@@ -80,7 +84,7 @@ class InterventionTrainer(SavesBase):
 
     def __init__(
         self,
-        model: InterventionModel,
+        model: InterventionModel | None = None,
         args: TrainingArguments | None = None,
         *,
         train_dataset: Any = None,
@@ -116,27 +120,28 @@ class InterventionTrainer(SavesBase):
         self._wants_logits = self.label_smoother is not None or self.compute_loss_func is not None
         if self._wants_logits and reuse != "off":
             self.reuse_summary = "reuse  nothing: the loss is computed from all logits"
-        layer = next(module for module in model.modules() if isinstance(module, Interventions))
-        self._target_names = list(dict.fromkeys(name for plan in layer.plans.values() for name in plan.targets))
-        columns = column_names(train_dataset)
-        if columns is not None and isinstance(data_collator, Collator):  # a collator of one's own may make columns
-            for target in (target for name in layer.active_adapters for target in layer.plans[name].targets):
-                if target not in columns:
-                    raise ValueError(
-                        f"the target {target!r} of a head is no column of train_dataset, which has "
-                        f"{', '.join(columns)}: add it to the rows, or give the head target=None"
-                    )
-            heads = [p.node.intervention for name in layer.active_adapters for p in layer.plans[name].nodes]
-            for head in heads:
-                if isinstance(head, Head) and head.target is not None:
-                    _check_targets(head, train_dataset, "train_dataset")
-                    _check_targets(head, eval_dataset, "eval_dataset")
+        if isinstance(data_collator, Collator):  # a collator of one's own may make columns
+            check_columns(self._layer, train_dataset, eval_dataset)
+
+    @property
+    def _layer(self) -> Interventions:
+        return next(module for module in self.model.modules() if isinstance(module, Interventions))
+
+    @property
+    def _target_names(self) -> list[str]:
+        return list(dict.fromkeys(name for plan in self._layer.plans.values() for name in plan.targets))
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make the model anew by `model_init`, as `Trainer` does before each training."""
+        self._signature_columns = None  # its heads may have other targets
+        return super().call_model_init(trial)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             assert self._signature_columns is not None
-            self._signature_columns += ["prompt_mask", *self._target_names]
+            learnt = LEARNT if isinstance(self.data_collator, Collator) else ()
+            self._signature_columns += ["prompt_mask", *learnt, *self._target_names]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimizer, with a parameter group for each node that has its own learning rate."""
@@ -156,8 +161,11 @@ class InterventionTrainer(SavesBase):
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
-        (self._trained if model.training else self._evaluated).add(outputs)  # type: ignore[arg-type]
-        heads: Tensor | None = outputs.get("head_loss")  # type: ignore[union-attr]
+        named: Mapping[str, Any] = outputs if isinstance(outputs, Mapping) else {}
+        if not named and inputs.keys() & self._target_names:
+            raise ValueError("the losses of heads have names, and this model gives a tuple: let it give a dict")
+        (self._trained if model.training else self._evaluated).add(named)
+        heads: Tensor | None = named.get("head_loss")
         if heads is not None and num_items_in_batch is not None and self.model_accepts_loss_kwargs and model.training:
             # the base model's loss is divided by the items of all batches and devices; the heads' are means of one
             devices = self.args.n_gpu if self.args.n_gpu > 1 else self.accelerator.num_processes // self.get_tp_size()
@@ -237,12 +245,21 @@ class InterventionTrainer(SavesBase):
         return self.args.max_steps * step <= rows
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate as `Trainer` does, and add the mean loss of each head to the metrics."""
+        """Evaluate as `Trainer` does, with masks that are false on padding; add the mean loss of each head."""
         self._evaluated = MeanLosses()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        own = self.compute_metrics, self.preprocess_logits_for_metrics
+        metrics, preprocess = own
+        if metrics is not None:
+            self.compute_metrics = partial(_with_masks, metrics)
+        if preprocess is not None:
+            self.preprocess_logits_for_metrics = partial(_preprocessed, preprocess)
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self.compute_metrics, self.preprocess_logits_for_metrics = own
         losses = self._evaluated.take(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_loss_{name}": loss for name, loss in losses.items()})  # type: ignore[union-attr]
-        return output
+        return output._replace(predictions=as_masks(output.predictions))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute loss and gradients of a batch; raise `FloatingPointError` for a loss that is not finite."""
@@ -266,7 +283,8 @@ class InterventionTrainer(SavesBase):
         if not self.predict_with_generate or prediction_loss_only:
             before, self._wants_logits = self._wants_logits, self._wants_logits or not prediction_loss_only
             try:
-                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+                loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+                return loss, as_numbers(logits), labels
             finally:
                 self._wants_logits = before
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
@@ -287,10 +305,12 @@ def _check_arguments(reuse: Any, **datasets: Any) -> None:
             raise ValueError(f"{name} is empty: give at least one row, as from encode_pairs")
 
 
-def _check_targets(head: Head, dataset: Any, name: str) -> None:
-    """Raise `ValueError` for a row whose target cannot be, or if no row has one; on the CPU, before training."""
-    column = column_values(dataset, str(head.target))
-    if column and not check_column(head, column, f"row {{row}} of {name}"):
-        raise ValueError(
-            f"no row of {name} has a target {head.target!r}: fill the column, or give the head target=None"
-        )
+def _with_masks(compute_metrics: Callable[..., Any], predicted: EvalPrediction, **kwargs: Any) -> Any:
+    predictions = as_masks(predicted.predictions)
+    return compute_metrics(
+        EvalPrediction(predictions, predicted.label_ids, predicted.inputs, predicted.losses), **kwargs
+    )
+
+
+def _preprocessed(preprocess: Callable[..., Any], logits: Any, labels: Any) -> Any:
+    return as_numbers(preprocess(as_masks(logits), labels))
