@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from reftheads.adapter.model import InterventionModel
 from reftheads.data.collator import Collator
 from reftheads.data.rows import LEARNT, complete_dataset, count_rows
+from reftheads.graph.intervention import IGNORE
 from reftheads.reuse.budget import choose_store
 from reftheads.reuse.forecast import Forecast, describe
 from reftheads.reuse.replay import Replay
@@ -166,11 +167,12 @@ class InterventionTrainer(SavesBase, WholeCheckpoints):
             raise ValueError("the losses of heads have names, and this model gives a tuple: let it give a dict")
         (self._trained if model.training else self._evaluated).add(named)
         heads: Tensor | None = named.get("head_loss")
-        if heads is not None and num_items_in_batch is not None and self.model_accepts_loss_kwargs and model.training:
+        if heads is not None and num_items_in_batch is not None and self.model_accepts_loss_kwargs:
             # the base model's loss is divided by the items of all batches and devices; the heads' are means of one
             devices = self.args.n_gpu if self.args.n_gpu > 1 else self.accelerator.num_processes // self.get_tp_size()
             scale = devices if self.args.average_tokens_across_devices else 1
-            loss = loss - heads * (scale - 1 / self.current_gradient_accumulation_steps)
+            batches = self.current_gradient_accumulation_steps if model.training else 1
+            loss = loss - heads * (scale - 1 / batches)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -279,6 +281,7 @@ class InterventionTrainer(SavesBase, WholeCheckpoints):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
         """Return loss, predictions (logits, or generated tokens) and labels of a batch."""
+        inputs = self._without_repeated_targets(inputs)
         self.label_names = [name for name in dict.fromkeys(["labels", *self._target_names]) if name in inputs]
         if not self.predict_with_generate or prediction_loss_only:
             before, self._wants_logits = self._wants_logits, self._wants_logits or not prediction_loss_only
@@ -294,6 +297,19 @@ class InterventionTrainer(SavesBase, WholeCheckpoints):
             unwrapped = self.accelerator.unwrap_model(model)
             answers = generated_answers(unwrapped, inputs, self.processing_class, **self.generation_kwargs)
         return loss, answers, inputs.get("labels")
+
+
+    def _without_repeated_targets(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:
+        """Return a batch without the targets of rows that fill up the last one of several processes."""
+        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
+        if processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        targets = {name: inputs[name] for name in self._target_names if isinstance(inputs.get(name), Tensor)}
+        for name, target in targets.items():
+            repeated = torch.arange(len(target)) + self.accelerator.process_index * len(target) >= state.remainder
+            missing = float("nan") if target.is_floating_point() else IGNORE
+            targets[name] = target.masked_fill(repeated.to(target.device).view(-1, *[1] * (target.ndim - 1)), missing)
+        return {**inputs, **targets}
 
 
 def _check_arguments(reuse: Any, **datasets: Any) -> None:
