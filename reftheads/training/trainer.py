@@ -298,7 +298,6 @@ class InterventionTrainer(SavesBase, WholeCheckpoints):
             answers = generated_answers(unwrapped, inputs, self.processing_class, **self.generation_kwargs)
         return loss, answers, inputs.get("labels")
 
-
     def _without_repeated_targets(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:
         """Return a batch without the targets of rows that fill up the last one of several processes."""
         state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
