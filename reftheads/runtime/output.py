@@ -106,12 +106,13 @@ def with_hidden(output: Any, touch: Callable[[Tensor, Tensor], Tensor | None], x
     """
     if isinstance(output, Tensor):
         return touch(output, x)
-    first = next(iter(output)) if isinstance(output, Mapping) else 0
-    new = touch(output[first], x)
+    if isinstance(output, Mapping):
+        name = str(next(iter(output)))
+        new = touch(output[name], x)
+        return None if new is None else replaced(output, **{name: new})
+    new = touch(output[0], x)
     if new is None:
         return None
-    if isinstance(output, Mapping):
-        return replaced(output, **{first: new})
     if hasattr(output, "_replace"):  # a named tuple
         return output._replace(**{output._fields[0]: new})
     return type(output)([new, *output[1:]])

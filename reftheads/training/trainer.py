@@ -1,20 +1,18 @@
 """A transformers Trainer that knows intervention graphs."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput
 
 from reftheads.adapter.model import InterventionModel
 from reftheads.data.collator import Collator
 from reftheads.data.rows import LEARNT, complete_dataset, count_rows
-from reftheads.graph.intervention import IGNORE
 from reftheads.reuse.budget import choose_store
 from reftheads.reuse.forecast import Forecast, describe
 from reftheads.reuse.replay import Replay
@@ -24,13 +22,13 @@ from reftheads.training.answers import generated_answers
 from reftheads.training.base_weights import SavesBase
 from reftheads.training.checkpoints import WholeCheckpoints
 from reftheads.training.columns import check_columns
-from reftheads.training.masks import as_masks, as_numbers
-from reftheads.training.means import MeanLosses
+from reftheads.training.masks import MasksInMetrics
+from reftheads.training.means import MeanLosses, without_repeated
 from reftheads.training.rates import own_rates
-from reftheads.training.sampling import sampled_batches
+from reftheads.training.sampling import sampled_batches, seen_once
 
 
-class InterventionTrainer(SavesBase, WholeCheckpoints):
+class InterventionTrainer(SavesBase, WholeCheckpoints, MasksInMetrics):
     """Train an `InterventionModel` as `transformers.Trainer` does, with what it needs besides.
 
     * Batches are padded by `Collator`, and keep `prompt_mask` and the heads' target columns.
@@ -122,15 +120,12 @@ class InterventionTrainer(SavesBase, WholeCheckpoints):
         if self._wants_logits and reuse != "off":
             self.reuse_summary = "reuse  nothing: the loss is computed from all logits"
         if isinstance(data_collator, Collator):  # a collator of one's own may make columns
-            check_columns(self._layer, train_dataset, eval_dataset)
-
-    @property
-    def _layer(self) -> Interventions:
-        return next(module for module in self.model.modules() if isinstance(module, Interventions))
+            check_columns(_layer_of(self.model), train_dataset, eval_dataset)
 
     @property
     def _target_names(self) -> list[str]:
-        return list(dict.fromkeys(name for plan in self._layer.plans.values() for name in plan.targets))
+        plans = _layer_of(self.model).plans.values()
+        return list(dict.fromkeys(name for plan in plans for name in plan.targets))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make the model anew by `model_init`, as `Trainer` does before each training."""
@@ -224,7 +219,7 @@ class InterventionTrainer(SavesBase, WholeCheckpoints):
             self.reuse,  # type: ignore[arg-type]
             size,
             folder=os.path.join(str(self.args.output_dir), "activations"),
-            seen_once=bool(batches) and self._seen_once(len(rows)),
+            seen_once=bool(batches) and seen_once(self.args, len(rows)),
             device=self.args.device,
         )
         self.reuse_summary += f"\nstore    {why}"
@@ -239,29 +234,13 @@ class InterventionTrainer(SavesBase, WholeCheckpoints):
         batches = sampled_batches(rows, collate, self.args.train_batch_size)
         return [self._prepare_inputs(batch) for batch in batches]
 
-    def _seen_once(self, rows: int) -> bool:
-        """Return whether training ends before it comes to a row for the second time."""
-        if self.args.max_steps <= 0:
-            return self.args.num_train_epochs <= 1
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return self.args.max_steps * step <= rows
-
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate as `Trainer` does, with masks that are false on padding; add the mean loss of each head."""
+        """Evaluate as `Trainer` does, and add the mean loss of each head to the metrics."""
         self._evaluated = MeanLosses()
-        own = self.compute_metrics, self.preprocess_logits_for_metrics
-        metrics, preprocess = own
-        if metrics is not None:
-            self.compute_metrics = partial(_with_masks, metrics)
-        if preprocess is not None:
-            self.preprocess_logits_for_metrics = partial(_preprocessed, preprocess)
-        try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        finally:
-            self.compute_metrics, self.preprocess_logits_for_metrics = own
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         losses = self._evaluated.take(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_loss_{name}": loss for name, loss in losses.items()})  # type: ignore[union-attr]
-        return output._replace(predictions=as_masks(output.predictions))
+        return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute loss and gradients of a batch; raise `FloatingPointError` for a loss that is not finite."""
@@ -281,13 +260,12 @@ class InterventionTrainer(SavesBase, WholeCheckpoints):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
         """Return loss, predictions (logits, or generated tokens) and labels of a batch."""
-        inputs = self._without_repeated_targets(inputs)
+        inputs = without_repeated(inputs, self._target_names, self.accelerator)
         self.label_names = [name for name in dict.fromkeys(["labels", *self._target_names]) if name in inputs]
         if not self.predict_with_generate or prediction_loss_only:
             before, self._wants_logits = self._wants_logits, self._wants_logits or not prediction_loss_only
             try:
-                loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-                return loss, as_numbers(logits), labels
+                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             finally:
                 self._wants_logits = before
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
@@ -298,17 +276,9 @@ class InterventionTrainer(SavesBase, WholeCheckpoints):
             answers = generated_answers(unwrapped, inputs, self.processing_class, **self.generation_kwargs)
         return loss, answers, inputs.get("labels")
 
-    def _without_repeated_targets(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:
-        """Return a batch without the targets of rows that fill up the last one of several processes."""
-        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
-        if processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
-        targets = {name: inputs[name] for name in self._target_names if isinstance(inputs.get(name), Tensor)}
-        for name, target in targets.items():
-            repeated = torch.arange(len(target)) + self.accelerator.process_index * len(target) >= state.remainder
-            missing = float("nan") if target.is_floating_point() else IGNORE
-            targets[name] = target.masked_fill(repeated.to(target.device).view(-1, *[1] * (target.ndim - 1)), missing)
-        return {**inputs, **targets}
+
+def _layer_of(model: nn.Module) -> Interventions:
+    return next(module for module in model.modules() if isinstance(module, Interventions))
 
 
 def _check_arguments(reuse: Any, **datasets: Any) -> None:
@@ -318,14 +288,3 @@ def _check_arguments(reuse: Any, **datasets: Any) -> None:
     for name, dataset in datasets.items():
         if hasattr(dataset, "__len__") and len(dataset) == 0:
             raise ValueError(f"{name} is empty: give at least one row, as from encode_pairs")
-
-
-def _with_masks(compute_metrics: Callable[..., Any], predicted: EvalPrediction, **kwargs: Any) -> Any:
-    predictions = as_masks(predicted.predictions)
-    return compute_metrics(
-        EvalPrediction(predictions, predicted.label_ids, predicted.inputs, predicted.losses), **kwargs
-    )
-
-
-def _preprocessed(preprocess: Callable[..., Any], logits: Any, labels: Any) -> Any:
-    return as_numbers(preprocess(as_masks(logits), labels))

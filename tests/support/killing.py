@@ -26,12 +26,12 @@ def survive(train: Callable[[Callable[[], None]], None], kills: int, seed: int, 
         if not child:
             _run(train, writer)
         os.close(writer)
-        os.read(reader, 1)  # it has begun, or ended
+        first = os.read(reader, 1)  # it has begun, or failed
         time.sleep(moments.uniform(0, longest))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         with open(reader, "rb") as said:
-            _, failed, error = said.read().partition(b"!")
+            _, failed, error = (first + said.read()).partition(b"!")
         if failed or not os.WIFSIGNALED(status):
             faults.append(f"training {number}: {error.decode() or 'ended by itself'}")
     return faults
