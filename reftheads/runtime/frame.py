@@ -59,8 +59,9 @@ def frame_of(
         rules: of the nodes that act.
 
     Raises:
-        ValueError: a rule about prompts and nothing that says where they end, while a language model is trained;
-            rows that hold several sequences; a mask that does not show which columns are tokens.
+        ValueError: a rule about prompts and nothing that says where they end, or labels from a row's first token on,
+            while a language model is trained; rows that hold several sequences; a mask that does not show which
+            columns are tokens.
     """
     cache = inputs.get("past_key_values")
     past = cache.get_seq_length() if cache is not None else 0
@@ -74,12 +75,17 @@ def frame_of(
         return Frame(past, *call.continues.masks(shape[0]), ids)
     if relative is not None and _packed(inputs):
         raise ValueError(f"positions {str(relative)!r} need one row a sequence, and these rows are packed: unpack them")
-    prompt = _prompt_mask(kind, stack, call, shape, past)
+    prompt = _given_mask(kind, stack, call)
+    by_labels = prompt is None
+    if by_labels:
+        prompt = _before_labels(kind, stack, call, shape, past)
     if mask is not None and flat is None and relative is not None and (prompt is None or call.prompt_mask is None):
         raise ValueError(
             f"positions {str(relative)!r} count real tokens, which a mask of this form does not show: pass a "
             "2-D attention_mask, or prompt_mask"
         )
+    if by_labels and prompt is not None and call.training:
+        _check_prompts(prompt, flat, rules)
     if prompt is None and shape is not None and relative is not None:
         # a head's target shows that rows are whole inputs to be judged, not prompts with answers
         if call.training and stack.causal and kind.generative and not call.targets:
@@ -131,15 +137,20 @@ def _refuse_unclear(rules: Sequence[Positions]) -> None:
         )
 
 
-def _prompt_mask(
+def _given_mask(kind: BaseKind, stack: StackInfo, call: Call) -> Bool[Tensor, "rows columns"] | None:
+    """Return the prompt mask that a stack was given, if it is fed what the mask is about."""
+    if not kind.feeds_input(stack):
+        return None
+    mask = call.prompt_mask
+    if mask is None and call.continues is not None and not stack.causal:
+        mask = call.continues.encoder_prompt
+    return mask
+
+
+def _before_labels(
     kind: BaseKind, stack: StackInfo, call: Call, shape: tuple[int, int] | None, past: int | Tensor
 ) -> Bool[Tensor, "rows columns"] | None:
-    if kind.feeds_input(stack):
-        mask = call.prompt_mask
-        if mask is None and call.continues is not None and not stack.causal:
-            mask = call.continues.encoder_prompt
-        if mask is not None:
-            return mask
+    """Return the columns before the first label of each row; `None` where labels say nothing of a prompt."""
     labels = call.labels
     if not stack.causal or not kind.generative or labels is None or shape is None or labels.shape != shape:
         return None
@@ -148,6 +159,29 @@ def _prompt_mask(
     before = answered.cumsum(1) - answered if kind.seq2seq else answered.cumsum(1)
     cached = before.new_zeros((shape[0], int(past)))  # labels cover this chunk; what lies before is prompt
     return torch.cat([cached, before], dim=1) == 0
+
+
+def _check_prompts(prompt: Bool[Tensor, "rows columns"], mask: Tensor | None, rules: Sequence[Positions]) -> None:
+    """Raise `ValueError` for a row whose labels begin at its first token, where a rule would select nothing.
+
+    In training, since nothing would be learnt; evaluation may judge rows without a prompt, and does not wait for a
+    device to look at them. A compiled call does not look at values either.
+    """
+    rule = next((rule for rule in rules if rule.needs_prompt and str(rule) != "generated"), None)
+    if rule is None or torch.compiler.is_compiling():
+        return
+    real = torch.ones_like(prompt) if mask is None else mask.to(prompt.device).bool()
+    width = min(prompt.shape[1], real.shape[1])
+    without = real.any(1) & ~(prompt[:, :width] & real[:, :width]).any(1)
+    if not bool(without.any()):
+        return
+    raise ValueError(
+        f"positions {str(rule)!r} depend on where the prompt ends, and the labels of row {int(without.int().argmax())} "
+        f"begin at its first token, as those of {int(without.sum())} of {len(without)} rows do: no token would be "
+        "selected there. Pass labels with -100 on the prompt, as encode_pairs and encode_chat make them (in TRL: "
+        "columns prompt and completion, or messages with assistant_only_loss=True); or prompt_mask; or use "
+        "positions='all'"
+    )
 
 
 def _packed(inputs: Mapping[str, Any]) -> bool:

@@ -77,6 +77,7 @@ class Interventions(nn.Module, BaseTunerLayer):
 
     # --- adapters ---------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # what is made within it could never be trained
     def add(self, adapter: str, plan: Plan, base: nn.Module) -> None:
         """Make the parameters of `plan` under the name `adapter`, and take hold of the base model where it acts."""
         nodes = nn.ModuleDict()
