@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from reftheads._utils.lazy import cached
 from reftheads.architectures.structure import arguments, own_modules
 from reftheads.reuse.cone import Cone
 from reftheads.reuse.facts import Facts
-from reftheads.reuse.frozen import elements_given, keeps_pieces
+from reftheads.reuse.frozen import has_usual_loss, keeps_pieces, output_of_block, shifts_labels
 from reftheads.runtime.scope import Call
 
 NO_EDIT = "no edit: all that is kept is what the readers see"
@@ -57,9 +57,11 @@ class Eligibility:
             return "adapters are disabled"
         if "labels" in facts.targets:
             return "a head has the target 'labels', as the model itself has: copy it to a column of another name"
-        weight = next((weight for _, weight in self._weights()), None)
-        if weight is not None and (weight.is_meta or hasattr(weight, "ds_id") or isinstance(weight, DTensor)):
-            return "the weights of the base model are spread over processes or kept elsewhere"
+        if "input_ids" not in facts.arguments:
+            return f"the blocks in {facts.info.path or 'the model'!r} are not fed tokens"
+        away = next((f"{name} {_away(weight)}" for name, weight in self._weights() if _away(weight)), None)
+        if away is not None:
+            return f"the weights of the base model are not all here ({away})"
         trained = next((name for name, weight in self._weights() if weight.requires_grad), None)
         if trained is not None:
             return f"weights of the base model are trained ({trained})"
@@ -87,28 +89,61 @@ class Eligibility:
             return f"positions {first!r} begin with the first token"
         if any(getattr(block, "gradient_checkpointing", False) and block.training for block in facts.blocks):
             return "activation checkpointing goes without a cache"
-        if facts.stack is not facts.base and facts.lm_head is None:
+        if facts.stack is not facts.base and self.lm_head is None:
             return "the model's own loss looks at every token"
         if _recurrent(getattr(facts.stack, "config", None)):
             return "blocks carry a recurrent state"
         if not self._keeps_pieces:
             return "blocks do not keep keys and values of one shape"
-        return None
+        return cone.differences.prefix
 
     def why_no_layers(self, cone: Cone) -> str | None:
         """Return why the blocks below the first edit run in every step."""
-        if self._hands_on and (cone.cut or cone.constant):
+        if not cone.cut and not cone.constant:
+            return cone.differences.layers
+        if self._hands_on:
             return "blocks hand on more than the hidden state"
-        return None
+        if not self._gives_hidden_state:
+            return "blocks give no hidden state, alone or at the head of a tuple or list"
+        return cone.differences.layers
 
     @cached
     def _keeps_pieces(self) -> bool:
         return keeps_pieces(self.facts)
 
+    @property
+    def lm_head(self) -> nn.Module | None:
+        """Return the vocabulary projection of a causal language model whose loss is the usual one."""
+        base: Any = self.facts.base
+        generates = self.facts.layer.kind.generative and not self.facts.seq2seq
+        usual = generates and has_usual_loss(base) and self._shifts_labels
+        return base.get_output_embeddings() if usual else None
+
     @cached
-    def elements(self) -> int:
-        """Return how many elements the tuple has that a block returns; 0 for a tensor."""
-        return elements_given(self.facts)
+    def _shifts_labels(self) -> bool:
+        return shifts_labels(self.facts)
+
+    def as_block_output(self, h: Tensor) -> Any:
+        """Return what a block gives whose hidden state is `h`; whatever it gives beside that is missing."""
+        output = self._block_output
+        return h if isinstance(output, Tensor) else type(output)([h, *[None] * (len(output) - 1)])
+
+    @cached
+    def _block_output(self) -> Any:
+        return output_of_block(self.facts)
+
+    @property
+    def _gives_hidden_state(self) -> bool:
+        """Return whether a block gives a hidden state, alone or at the head of a tuple or list."""
+        output = self._block_output
+        return isinstance(output, Tensor) or (type(output) in (tuple, list) and isinstance(output[0], Tensor))
+
+
+def _away(weight: Tensor) -> str | None:
+    """Return where a weight is that can neither be read here nor be told apart by its content."""
+    if isinstance(weight, DTensor) or hasattr(weight, "ds_id"):
+        return "is spread over processes"
+    return "is on disk, or kept elsewhere until it is needed" if weight.is_meta else None
 
 
 def _recurrent(config: Any) -> bool:

@@ -71,7 +71,7 @@ class Split:
             # what classifies a row is its first column
             return not self.facts.causal and not bool(mask[:, 0].all())
         judged = shifted(labels) != IGNORE
-        if self.facts.lm_head is None:
+        if self.eligibility.lm_head is None:
             judged = judged | (labels != IGNORE)
         return bool((judged & (mask == 0)).any())
 

@@ -29,7 +29,7 @@ from reftheads.runtime.checkpointing import KeepCall
 from reftheads.runtime.frame import BaseKind, frame_of
 from reftheads.runtime.hooks import Around, attach, refuse_lost, take_places_again
 from reftheads.runtime.output import extend
-from reftheads.runtime.passes import Acting, Generation, HookKey, NodeKey, Run, by_name
+from reftheads.runtime.passes import Generation, HookKey, NodeKey, Run, by_name, by_place
 from reftheads.runtime.plan import Plan
 from reftheads.runtime.roster import acting_on, nodes_of
 from reftheads.runtime.scope import Call, call_of, change_from_here, entering, scope_of
@@ -212,9 +212,7 @@ class Interventions(nn.Module, BaseTunerLayer):
         tokens = ids if ids is not None else inputs.get("inputs_embeds")
         shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
         frame = frame_of(self.kind, stack, call, inputs, shape, [p.node.positions for _, p, _ in nodes])
-        acting: dict[HookKey, list[Acting]] = {}
-        for act in acting_on(self, nodes, call, tokens):
-            acting.setdefault((act.planned.address.module, act.planned.address.side), []).append(act)
+        acting = by_place(acting_on(self, nodes, call, tokens))
         for block in self._checkpointing[stack.path]:
             checkpoint = getattr(block, "_gradient_checkpointing_func", None)
             if block.gradient_checkpointing and checkpoint is not None and not isinstance(checkpoint, KeepCall):
