@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from reftheads._utils.lazy import cached
@@ -59,9 +60,12 @@ class Eligibility:
             return "a head has the target 'labels', as the model itself has: copy it to a column of another name"
         if "input_ids" not in facts.arguments:
             return f"the blocks in {facts.info.path or 'the model'!r} are not fed tokens"
-        away = next((f"{name} {_away(weight)}" for name, weight in self._weights() if _away(weight)), None)
+        sharded = any(isinstance(module, FSDPModule) for _, module in self._modules)  # between passes as within them
+        if sharded or any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for _, weight in self._weights()):
+            return "weights of the base model are spread over processes"
+        away = next((name for name, weight in self._weights() if weight.is_meta), None)
         if away is not None:
-            return f"the weights of the base model are not all here ({away})"
+            return f"weights of the base model are on disk, or kept elsewhere until they are needed ({away})"
         trained = next((name for name, weight in self._weights() if weight.requires_grad), None)
         if trained is not None:
             return f"weights of the base model are trained ({trained})"
@@ -137,13 +141,6 @@ class Eligibility:
         """Return whether a block gives a hidden state, alone or at the head of a tuple or list."""
         output = self._block_output
         return isinstance(output, Tensor) or (type(output) in (tuple, list) and isinstance(output[0], Tensor))
-
-
-def _away(weight: Tensor) -> str | None:
-    """Return where a weight is that can neither be read here nor be told apart by its content."""
-    if isinstance(weight, DTensor) or hasattr(weight, "ds_id"):
-        return "is spread over processes"
-    return "is on disk, or kept elsewhere until it is needed" if weight.is_meta else None
 
 
 def _recurrent(config: Any) -> bool:

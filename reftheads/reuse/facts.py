@@ -92,7 +92,8 @@ class Facts:
     def autocast(self) -> torch.dtype | None:
         """Return the type that autocast computes in here and now; `None` where it is not on."""
         kind = self.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if active else None
 
     @property
     def computing(self) -> tuple[Any, ...]:

@@ -126,12 +126,12 @@ def _weights(module: nn.Module, config: Any) -> float:
 
 def describe(replay: Replay, batches: Iterable[Mapping[str, Any]] = ()) -> str:
     """Return what is reused, what is not and why; with batches, what that makes of a training step."""
-    cone = replay.cone
     table = Table(box=None, show_header=False, pad_edge=False)
     plain = replay.why_plain()
     if plain is not None:
         table.add_row("reuse", f"nothing: {plain}")
         return render(table)
+    cone = replay.cone
     blocks = len(replay.facts.blocks)
     no_prefix, no_layers = replay.eligibility.why_no_prefix(cone), replay.eligibility.why_no_layers(cone)
     table.add_row(
