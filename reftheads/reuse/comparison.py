@@ -73,12 +73,13 @@ class Comparison:
                 )
             except Exception as error:
                 return f"it fails ({_short(error)})"
-        for step in range(min(len(plain.logits), len(begun.logits))):
-            difference = _apart("the logits", plain.logits[step], begun.logits[step], self._tolerance)
+        length = prompts["input_ids"].shape[1]
+        for step, logits in enumerate(zip(plain.logits, begun.logits, strict=False)):
+            if not torch.equal(*(run.sequences[:, : length + step] for run in (plain, begun))):
+                return None  # of two tokens that are as likely, each has taken another one
+            difference = _apart("the logits", *logits, self._tolerance)
             if difference is not None:
                 return difference
-            if not torch.equal(plain.sequences[:, : step - 1], begun.sequences[:, : step - 1]):
-                return None  # of two tokens that are as likely, each has taken another one
         return None
 
     @contextmanager
@@ -160,7 +161,7 @@ class Comparison:
         """Return the largest difference, in relation to a tensor's norm, that is rounding in the types computed with."""
         autocast = self.replay.facts.autocast
         dtypes = self.replay.eligibility.dtypes | ({autocast} if autocast is not None else set())
-        return max(2e-3, 16 * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0))
+        return max(2e-4, 16 * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0))
 
 
 def _apart(what: str, plain: Tensor, reused: Tensor, tolerance: float, least: float = 0.0) -> str | None:

@@ -149,6 +149,10 @@ def describe(replay: Replay, batches: Iterable[Mapping[str, Any]] = ()) -> str:
     table.add_row(
         "logits", "where there is a label" if replay.eligibility.lm_head is not None else "as the base model has them"
     )
+    if replay.facts.causal and replay.facts.layer.kind.generative:
+        no_generation = replay.why_no_generation()
+        begins = "begins with what is kept of prompts, up to the first token that a node selects"
+        table.add_row("generate", f"not reused: {no_generation}" if no_generation else begins)
     batches = list(batches)
     if batches:
         forecast = Forecast.of(replay, batches)

@@ -197,7 +197,11 @@ class Replay:
     def _run(self, call: Call, cone: Cone, rows: Rows, recorded: Recorded) -> Run:
         facts, layout = self.facts, rows.layout
         nodes = list(nodes_of(facts.layer, facts.info.path, call))
-        every = list(acting_on(facts.layer, nodes, call, layout.columns))
+        every = [
+            act
+            for act in acting_on(facts.layer, nodes, call, layout.columns)
+            if act.planned.node.positions not in rows.silent
+        ]
         run = Run(
             facts.info.path,
             Frame(0, None, None, None),
@@ -254,8 +258,8 @@ class Replay:
         ]
         loss = losses[0]
         if adapters:
-            scales = [1 if options else count / len(where) for count in counts]
-            loss = torch.stack([part * scale for part, scale in zip(losses, scales, strict=True) if scale]).sum()
+            scales = [1 if options else count / max(len(where), 1) for count in counts]
+            loss = torch.stack([part * scale for part, scale in zip(losses, scales, strict=True)]).sum()
         heads = out.get("head_loss")
         values: dict[str, Any] = {"loss": loss if heads is None else loss + heads, "logits": None}
         values |= {"past_key_values": None} if hasattr(out, "past_key_values") else {}
@@ -300,7 +304,9 @@ class Replay:
         needed = torch.stack([planned.node.positions.mask(tokens) for planned in cone.nodes]).any(0).any(0)
         past = int(torch.cat([needed.int()[:-1], needed.new_ones(1).int()]).argmax())
         rows = [row[mask[:past].bool()] for row, mask in zip(input_ids[:, :past], real, strict=True)]
-        return growing(self.recorder.prefixes(rows), past) if any(map(len, rows)) else None
+        if not any(map(len, rows)):
+            return None
+        return growing(self.recorder.prefixes(rows), past, self.facts.base.config)
 
 
 def _read(run: Run, act: Acting, rows: Rows, seen: Sequence[Float[Tensor, "selected width"]]) -> None:

@@ -40,8 +40,9 @@ def batches(facts: Facts, bound: int) -> Iterator[tuple[dict[str, Tensor], dict[
 
 
 def prompts_of(facts: Facts, bound: int) -> dict[str, Tensor]:
-    """Return prompts padded at the left, as `generate` takes them."""
-    rows = _tokens(facts, [n + min(bound, REACH) for n in LONGER])
+    """Return prompts padded at the left, as `generate` takes them; longer than a window, if it is a short one."""
+    window = getattr(getattr(facts.base, "config", None), "sliding_window", None) or 0
+    rows = _tokens(facts, [n + min(max(bound, window), REACH) for n in LONGER])
     width = max(map(len, rows))
     return _batch(facts, rows, [width - len(row) for row in rows], 0, False)
 

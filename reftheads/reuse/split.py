@@ -90,19 +90,20 @@ class Split:
         host = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor)}
         ids = host["input_ids"]
         real = host["attention_mask"].bool() if "attention_mask" in host else torch.ones_like(ids, dtype=torch.bool)
-        masks = self._masks(cone, host, call or self.facts.layer.new_call())
+        masks, silent = self._masks(cone, host, call or self.facts.layer.new_call())
         starts = real.int().argmax(1)
         parts = self._parts(cone, host, masks, real, starts) if self._simple(host, real) else None
         if parts is None:
             rows = [b"".join(name.encode() + _of_row(host[name], real, i) for name in fed) for i in range(len(real))]
-            return Rows(fed, rows, Layout.whole(real), masks, starts.tolist(), real.sum(1).tolist(), divided=False)
+            layout, lengths = Layout.whole(real), real.sum(1).tolist()
+            return Rows(fed, rows, layout, masks, silent, starts.tolist(), lengths, divided=False)
         prefixes, lengths = parts
         first, last = starts.tolist(), lengths.tolist()
         rows = [content_of_ids(row[start : start + n]) for row, start, n in zip(ids, first, last, strict=True)]
-        return Rows(fed, rows, Layout.behind(prefixes.tolist(), last, first), masks, first, last, divided=True)
+        return Rows(fed, rows, Layout.behind(prefixes.tolist(), last, first), masks, silent, first, last, divided=True)
 
-    def _masks(self, cone: Cone, host: Mapping[str, Tensor], call: Call) -> Masks:
-        """Return what each rule in the stack selects of a batch."""
+    def _masks(self, cone: Cone, host: Mapping[str, Tensor], call: Call) -> tuple[Masks, frozenset[Positions]]:
+        """Return what each rule in the stack selects of a batch, and the rules that select nothing of any."""
         facts = self.facts
         rules = list(dict.fromkeys(planned.node.positions for planned in cone.nodes))
         targets = {name: host[name] for name in facts.targets & host.keys()}
@@ -110,7 +111,7 @@ class Split:
         rows, columns = host["input_ids"].shape
         frame = frame_of(facts.layer.kind, facts.info, call, host, (rows, columns), rules)
         tokens = frame.tokens(torch.empty(rows, columns, 0))
-        return {rule: rule.mask(tokens) for rule in rules}
+        return {rule: rule.mask(tokens) for rule in rules}, frozenset(r for r in rules if r.nothing_in(tokens))
 
     def _simple(self, host: Mapping[str, Tensor], real: Bool[Tensor, "rows columns"]) -> bool:
         """Return whether each row is one run of tokens, whose positions count from its first, and no more is fed."""

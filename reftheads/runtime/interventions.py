@@ -28,7 +28,7 @@ from reftheads.runtime.acting import touch
 from reftheads.runtime.checkpointing import KeepCall
 from reftheads.runtime.frame import BaseKind, frame_of
 from reftheads.runtime.hooks import Around, attach, refuse_lost, take_places_again
-from reftheads.runtime.output import extend
+from reftheads.runtime.output import extend, or_zero_without_labels
 from reftheads.runtime.passes import Generation, HookKey, NodeKey, Run, by_name, by_place
 from reftheads.runtime.plan import Plan
 from reftheads.runtime.roster import acting_on, nodes_of
@@ -174,7 +174,10 @@ class Interventions(nn.Module, BaseTunerLayer):
         with call:
             call.handed |= {} if run is None else {run.stack: run}
             output = forward(*args, **kwargs)
-        return extend(output, by_name(call.readings), call.targets, call.labels) if call.readings else output
+        if call.readings:
+            return extend(output, by_name(call.readings), call.targets, call.labels)
+        judged = isinstance(call.labels, Tensor) and not call.disabled
+        return or_zero_without_labels(output, call.labels) if judged else output  # type: ignore[arg-type]
 
     # --- a call of a stack --------------------------------------------------------------------------------
 

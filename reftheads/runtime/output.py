@@ -72,7 +72,7 @@ def extend(
             total = weighted if total is None else total + weighted
     values = {f.name: getattr(output, f.name) for f in fields(output)}  # type: ignore[arg-type]
     loss = values.get("loss")
-    if loss is not None and labels is not None:
+    if loss is not None and isinstance(labels, Tensor):
         values["loss"] = loss = or_zero(loss, labels)
     if total is not None:
         values["loss"] = total if loss is None else loss + total
@@ -82,6 +82,12 @@ def extend(
     }  # fmt: skip
     values |= {name: value or None for name, value in extra.items()}
     return _extended(type(output))(**values, head_loss=total)
+
+
+def or_zero_without_labels(output: Any, labels: Tensor) -> Any:
+    """Return a model's output, with a loss of 0 instead of NaN where no label is a target."""
+    loss = output.get("loss") if isinstance(output, ModelOutput) else None
+    return replaced(output, loss=or_zero(loss, labels)) if isinstance(loss, Tensor) else output
 
 
 def replaced(output: ModelOutput, **values: Any) -> ModelOutput:
