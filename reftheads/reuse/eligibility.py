@@ -35,6 +35,7 @@ class Eligibility:
         self._random = [place for _, module in self._modules for place in _random_settings(module)]
         self._batch_norms = [m for _, m in self._modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._hands_on = bool(HANDED_ON & set(arguments(facts.blocks[0])))
+        self._chooses_keys = any("Indexer" in type(module).__name__ for module in facts.stack.modules())
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -84,7 +85,7 @@ class Eligibility:
     def why_no_prefix(self, cone: Cone) -> str | None:
         """Return why all tokens of a row are computed in every step."""
         facts = self.facts
-        if not facts.causal or facts.seq2seq:
+        if not self._sees_earlier_alone:
             return "every token sees all the others"
         if cone.first is None:
             return NO_EDIT
@@ -95,11 +96,15 @@ class Eligibility:
             return "activation checkpointing goes without a cache"
         if facts.stack is not facts.base and self.lm_head is None:
             return "the model's own loss looks at every token"
-        if _recurrent(getattr(facts.stack, "config", None)):
+        return self.why_no_cache() or cone.differences.prefix
+
+    def why_no_cache(self) -> str | None:
+        """Return why the stack does not go on from the keys and values of earlier tokens."""
+        if not self._sees_earlier_alone:
+            return "every token sees all the others"
+        if _recurrent(getattr(self.facts.stack, "config", None)):
             return "blocks carry a recurrent state"
-        if not self._keeps_pieces:
-            return "blocks do not keep keys and values of one shape"
-        return cone.differences.prefix
+        return None if self._keeps_pieces else "blocks do not keep keys and values of one shape"
 
     def why_no_layers(self, cone: Cone) -> str | None:
         """Return why the blocks below the first edit run in every step."""
@@ -107,9 +112,15 @@ class Eligibility:
             return cone.differences.layers
         if self._hands_on:
             return "blocks hand on more than the hidden state"
+        if self._chooses_keys:
+            return "blocks choose the tokens that they attend to, and of equal ones not the same in every batch"
         if not self._gives_hidden_state:
             return "blocks give no hidden state, alone or at the head of a tuple or list"
         return cone.differences.layers
+
+    @property
+    def _sees_earlier_alone(self) -> bool:
+        return self.facts.causal and not self.facts.seq2seq
 
     @cached
     def _keeps_pieces(self) -> bool:

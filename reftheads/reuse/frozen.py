@@ -125,7 +125,7 @@ def has_usual_loss(base: nn.Module) -> bool:
 def shifts_labels(facts: Facts) -> bool:
     """Return whether a model's loss is that which its function makes of the next tokens, as a few tokens show."""
     base: Any = facts.base
-    ids = torch.arange(4, device=facts.device)[None] % base.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(4, device=facts.device)[None] % base.get_output_embeddings().weight.shape[0]
     labels = ids.masked_fill(ids == 1, IGNORE)
     options = {"num_items_in_batch": 3} if _takes_any(base) else {}
     try:

@@ -32,7 +32,7 @@ from reftheads.graph.tokens import Tokens
 from reftheads.interventions.losses import or_zero
 from reftheads.reuse.comparison import Comparison
 from reftheads.reuse.cone import Cone
-from reftheads.reuse.eligibility import NO_EDIT, Eligibility
+from reftheads.reuse.eligibility import Eligibility
 from reftheads.reuse.facts import Facts
 from reftheads.reuse.frozen import inputs_of
 from reftheads.reuse.layout import Rows
@@ -113,9 +113,7 @@ class Replay:
 
     def why_no_generation(self) -> str | None:
         """Return why `generate` does not begin with what is kept."""
-        comparison = self._comparison(self.facts.layer.new_call())
-        no_prefix = self.eligibility.why_no_prefix(comparison.cone)
-        return comparison.generation if no_prefix in (None, NO_EDIT) else no_prefix
+        return self.eligibility.why_no_cache() or self._comparison(self.facts.layer.new_call()).generation
 
     @property
     def cone(self) -> Cone:

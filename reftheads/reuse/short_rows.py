@@ -67,19 +67,18 @@ def _with_answers(
 ) -> dict[str, Tensor]:
     """Return a batch with what a decoder is fed or judged by: what follows the prompts, or begins the rows."""
     ids, real = batch["input_ids"], batch["attention_mask"].bool()
-    if facts.seq2seq:
+    judged = facts.layer.kind.generative and "labels" in arguments(facts.base)
+    if facts.seq2seq and judged:
         answers = torch.stack([row[: ANSWERS[0]] for row in rows]).to(facts.device)
-        if facts.layer.kind.generative and "labels" in arguments(facts.base):
-            answers[-1, -1] = IGNORE
-            return batch | {"labels": answers}
-        return batch | ({"decoder_input_ids": answers} if "decoder_input_ids" in arguments(facts.base) else {})
+        answers[-1, -1] = IGNORE
+        return batch | {"labels": answers}
+    if facts.seq2seq:
+        return batch | ({"decoder_input_ids": ids} if "decoder_input_ids" in arguments(facts.base) else {})
     if not facts.causal:
         return batch
     prompt = real & (real.cumsum(1) <= torch.tensor(prompts, device=facts.device)[:, None])
-    batch = batch | {"prompt_mask": prompt.long()}
-    if facts.layer.kind.generative and "labels" in arguments(facts.base):
-        batch["labels"] = ids.masked_fill(~real | prompt, IGNORE)
-    return batch
+    labels = {"labels": ids.masked_fill(~real | prompt, IGNORE)} if judged else {}
+    return batch | {"prompt_mask": prompt.long()} | labels
 
 
 def _tokens(facts: Facts, lengths: Sequence[int]) -> list[Int[Tensor, " tokens"]]:
@@ -87,7 +86,8 @@ def _tokens(facts: Facts, lengths: Sequence[int]) -> list[Int[Tensor, " tokens"]
     base: Any = facts.base
     config = base.config.to_dict() if hasattr(base, "config") else {}
     special = set(_special(config))
-    size = base.get_input_embeddings().weight.shape[0]
+    projections = (base.get_input_embeddings(), base.get_output_embeddings())
+    size = min(projection.weight.shape[0] for projection in projections if projection is not None)
     ordinary = [i for i in range(size // 4, size) if i not in special] or [0]
     generator = torch.Generator().manual_seed(0)
     rows = [torch.tensor(ordinary)[torch.randint(len(ordinary), (n,), generator=generator)] for n in lengths]

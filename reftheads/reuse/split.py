@@ -143,8 +143,9 @@ class Split:
         needed = torch.stack(looked_at).any(0)
         first = torch.where(needed.any(1), needed.int().argmax(1), real.shape[1])
         seen = torch.stack([needed, *(masks[p.node.positions] for p in cone.constant)]).any(0) & real
-        slots = [p.node.positions.bound or 0 for p in cone.inside if not p.edits]
-        room = max((n + 1 for n in slots if n > 1), default=1)  # else slots would be columns, see `Positions.pick`
+        slots = [p.node.positions.bound for p in cone.inside if not p.edits]
+        # else slots would be columns, see `Positions.pick`, or the one column of a rule without a bound a slot
+        room = max((2 if n is None else n + 1 for n in slots if n != 1), default=1)
         last = (seen * torch.arange(1, real.shape[1] + 1)).amax(1) - starts
         lengths = last.clamp(min=room).minimum(real.sum(1))
         prefixes = (first - starts).minimum(lengths - room).clamp(min=0)
