@@ -96,7 +96,9 @@ def record(
     _check_memory(planned, keys, rows, model)
     with torch.no_grad(), evaluating(model), _instead(model, dict(zip(modules, eyes, strict=True))):
         with reusing_where_possible(model, store):
-            for _, batch in batches(_inputs(model, rows, columns), tokenizer, batch_size, device_of(model), "recording"):
+            for _, batch in batches(
+                _inputs(model, rows, columns), tokenizer, batch_size, device_of(model), "recording"
+            ):
                 model(**batch)
     numbers = {key: i for i, key in enumerate(sites)}
     every = {key: torch.cat(sites.pop(key)) for key in list(sites)}

@@ -148,7 +148,9 @@ class Comparison:
             return {}
         total = torch.stack([value.cpu() for value in weighted]).sum()
         gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
-        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(trained.items(), gradients, strict=True)}
+        return {
+            n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(trained.items(), gradients, strict=True)
+        }
 
     def _first_apart(self, plain: Values, reused: Values) -> str | None:
         of_gradients = [value.double().norm().cpu() for name, value in plain.items() if "gradient" in name]
@@ -158,7 +160,7 @@ class Comparison:
 
     @property
     def _tolerance(self) -> float:
-        """Return the largest difference, in relation to a tensor's norm, that is rounding in the types computed with."""
+        """Return the largest difference, in relation to a tensor's norm, that is rounding in these types."""
         autocast = self.replay.facts.autocast
         dtypes = self.replay.eligibility.dtypes | ({autocast} if autocast is not None else set())
         return max(2e-4, 16 * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from reftheads.architectures.structure import arguments, own_modules
 from reftheads.reuse.cone import Cone
 from reftheads.reuse.facts import Facts
 from reftheads.reuse.frozen import has_usual_loss, keeps_pieces, output_of_block, shifts_labels
+from reftheads.runtime.plan import PlannedNode
 from reftheads.runtime.scope import Call
 
 NO_EDIT = "no edit: all that is kept is what the readers see"
@@ -89,9 +90,9 @@ class Eligibility:
             return "every token sees all the others"
         if cone.first is None:
             return NO_EDIT
-        first = next((str(p.node.positions) for p in cone.inside if p.node.positions.begins_with_first), None)
+        first = first_token(cone.inside)
         if first is not None:
-            return f"positions {first!r} begin with the first token"
+            return first
         if any(getattr(block, "gradient_checkpointing", False) and block.training for block in facts.blocks):
             return "activation checkpointing goes without a cache"
         if facts.stack is not facts.base and self.lm_head is None:
@@ -152,6 +153,13 @@ class Eligibility:
         """Return whether a block gives a hidden state, alone or at the head of a tuple or list."""
         output = self._block_output
         return isinstance(output, Tensor) or (type(output) in (tuple, list) and isinstance(output[0], Tensor))
+
+
+def first_token(nodes: Iterable[PlannedNode]) -> str | None:
+    """Return why nothing comes before what nodes look at: one of them takes the first token of every row."""
+    rules = (planned.node.positions for planned in nodes)
+    first = next((str(rule) for rule in rules if rule.begins_with_first), None)
+    return None if first is None else f"positions {first!r} begin with the first token"
 
 
 def _recurrent(config: Any) -> bool:

@@ -151,8 +151,8 @@ def describe(replay: Replay, batches: Iterable[Mapping[str, Any]] = ()) -> str:
     )
     if replay.facts.causal and replay.facts.layer.kind.generative:
         no_generation = replay.why_no_generation()
-        begins = "begins with what is kept of prompts, up to the first token that a node selects"
-        table.add_row("generate", f"not reused: {no_generation}" if no_generation else begins)
+        begins = "generate begins with what is kept of them"
+        table.add_row("prompts", f"not reused by generate: {no_generation}" if no_generation else begins)
     batches = list(batches)
     if batches:
         forecast = Forecast.of(replay, batches)

@@ -32,7 +32,7 @@ from reftheads.graph.tokens import Tokens
 from reftheads.interventions.losses import or_zero
 from reftheads.reuse.comparison import Comparison
 from reftheads.reuse.cone import Cone
-from reftheads.reuse.eligibility import Eligibility
+from reftheads.reuse.eligibility import Eligibility, first_token
 from reftheads.reuse.facts import Facts
 from reftheads.reuse.frozen import inputs_of
 from reftheads.reuse.layout import Rows
@@ -113,7 +113,12 @@ class Replay:
 
     def why_no_generation(self) -> str | None:
         """Return why `generate` does not begin with what is kept."""
-        return self.eligibility.why_no_cache() or self._comparison(self.facts.layer.new_call()).generation
+        no_cache = self.eligibility.why_no_cache()
+        if no_cache is not None:
+            return no_cache
+        comparison = self._comparison(self.facts.layer.new_call())
+        first = first_token(comparison.cone.nodes)
+        return comparison.generation if first is None else first
 
     @property
     def cone(self) -> Cone:
@@ -177,7 +182,9 @@ class Replay:
             return self._through_base(prepared)
         return self._through_label_rows(call, lm_head, prepared)
 
-    def _prepared(self, call: Call, cone: Cone, given: dict[str, Any], recorded: Recorded | None, whole: bool) -> _Batch:
+    def _prepared(
+        self, call: Call, cone: Cone, given: dict[str, Any], recorded: Recorded | None, whole: bool
+    ) -> _Batch:
         rows = self.split.rows(cone, given, call)
         above = bool(cone.inside) or cone.elsewhere or "labels" in given or whole
         recorded = recorded or self.recorder.rows(cone, rows, above)

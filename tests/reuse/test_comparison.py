@@ -38,42 +38,62 @@ TYPES: dict[str, tuple[Callable[[], Any], Any, dict[str, str]]] = {
     "roberta": (lambda: tf.RobertaConfig(**DECODER), CAUSAL, NO_RANKS),
     "xlm-roberta-xl": (lambda: tf.XLMRobertaXLConfig(**DECODER), CAUSAL, NO_RANKS),
     "roformer": (
-        lambda: tf.RoFormerConfig(**DECODER, embedding_size=32), CAUSAL, NO_RANKS | {"generate": "logits would be"}
+        lambda: tf.RoFormerConfig(**DECODER, embedding_size=32),
+        CAUSAL,
+        NO_RANKS | {"prompts": "logits would be"},
     ),
     "deepseek": (
         lambda: tf.DeepseekV32Config(**SIZES, **INDEXED, num_key_value_heads=4),
         CAUSAL,
-        {"prefix": "not reused", "layers": "choose the tokens", "generate": "not reused"},
+        {"prefix": "not reused", "layers": "choose the tokens", "prompts": "not reused"},
     ),
     "longcat": (
         lambda: tf.LongcatFlashConfig(
-            **SIZES | LATENT | {"num_hidden_layers": 6, "num_layers": 3, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16},
-            num_key_value_heads=4, head_dim=8, n_routed_experts=4, zero_expert_num=0, moe_topk=2,
+            **SIZES
+            | LATENT
+            | {"num_hidden_layers": 6, "num_layers": 3, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16},
+            num_key_value_heads=4,
+            head_dim=8,
+            n_routed_experts=4,
+            zero_expert_num=0,
+            moe_topk=2,
         ),
         CAUSAL,
-        {"prefix": "not reused", "generate": "not reused"},
+        {"prefix": "not reused", "prompts": "not reused"},
     ),
     "recurrent gemma": (
         lambda: tf.RecurrentGemmaConfig(**SIZES, head_dim=8, block_types=["recurrent", "attention", "recurrent"]),
         CAUSAL,
-        {"prefix": "not reused", "generate": "not reused"},
+        {"prefix": "not reused", "prompts": "not reused"},
     ),
     "mllama": (
-        lambda: tf.MllamaConfig(text_config={**SIZES, **TOKENS, "num_key_value_heads": 4, "cross_attention_layers": [2]}),
+        lambda: tf.MllamaConfig(
+            text_config={**SIZES, **TOKENS, "num_key_value_heads": 4, "cross_attention_layers": [2]}
+        ),
         CAUSAL,
-        {"prefix": "not reused", "generate": "not reused"},
+        {"prefix": "not reused", "prompts": "not reused"},
     ),
     "prophetnet": (
         lambda: tf.ProphetNetConfig(
-            vocab_size=60, hidden_size=32, num_decoder_layers=3, num_decoder_attention_heads=4, decoder_ffn_dim=48, ngram=2,
-            max_position_embeddings=64, is_decoder=True,
+            vocab_size=60,
+            hidden_size=32,
+            num_decoder_layers=3,
+            num_decoder_attention_heads=4,
+            decoder_ffn_dim=48,
+            ngram=2,
+            max_position_embeddings=64,
+            is_decoder=True,
         ),
         CAUSAL,
         {"reuse": "nothing: a few short rows fail"},
     ),
     "data2vec": (lambda: tf.Data2VecTextConfig(**DECODER), CAUSAL, NO_RANKS),
     "convbert": (lambda: tf.ConvBertConfig(**SIZES, embedding_size=32), MASKED, NO_LAYERS),
-    "nystromformer": (lambda: tf.NystromformerConfig(**SIZES, num_landmarks=8, segment_means_seq_len=8), MASKED, NO_LAYERS),
+    "nystromformer": (
+        lambda: tf.NystromformerConfig(**SIZES, num_landmarks=8, segment_means_seq_len=8),
+        MASKED,
+        NO_LAYERS,
+    ),
     "yoso": (lambda: tf.YosoConfig(**SIZES, use_expectation=True), MASKED, {}),
 }
 
@@ -141,9 +161,11 @@ def test_generate_gives_the_plain_logits(name: str) -> None:
 
 def test_a_window_that_only_the_cache_has_takes_the_plain_path() -> None:
     """As in Moshi: its mask shows tokens that its cache has dropped."""
-    config = tf.MoshiConfig(**SIZES, num_key_value_heads=4, head_dim=8, sliding_window=6, audio_vocab_size=60, num_codebooks=2)
+    config = tf.MoshiConfig(
+        **SIZES, num_key_value_heads=4, head_dim=8, sliding_window=6, audio_vocab_size=60, num_codebooks=2
+    )
     model = intervened(from_config(config).float(), loreft(1), training=False).float()
-    assert re.search(r"generate +not reused: the logits would be off by", model.reuse_summary())
+    assert re.search(r"prompts +not reused by generate: the logits would be off by", model.reuse_summary())
 
 
 # --- when it is made --------------------------------------------------------------------------------------

@@ -414,7 +414,10 @@ def refusing_llama() -> Any:
 
 @pytest.mark.parametrize(
     "base, reason, layers",
-    [(counting_llama, "the loss would be", "not reused"), (refusing_llama, "fail .RuntimeError: no cache, please", "2 of 3")],
+    [
+        (counting_llama, "the loss would be", "not reused"),
+        (refusing_llama, "fail .RuntimeError: no cache, please", "2 of 3"),
+    ],
 )
 def test_a_model_that_runs_otherwise_in_parts_is_found(tokenizer, rows, tmp_path, base, reason, layers):
     off, memory = (fit(tokenizer, rows, tmp_path / r, r, base=base) for r in ("off", "memory"))
