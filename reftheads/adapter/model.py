@@ -115,7 +115,8 @@ class InterventionModel(SavablePeftModel):
         Losses and gradients are those of a plain call. The output has no logits, and the activations of the frozen
         base model are computed once for every content; see `reuse_summary` for what that spares. A call that asks
         for more, such as `output_hidden_states`, is a plain one, and so is one in a state of the model in which
-        the result could differ.
+        the result could differ. Before the first call, a few short rows run on both paths, once for a graph: of an
+        architecture that gives something else in parts, these parts are not reused.
 
         Args:
             replay: where activations are kept; or what an earlier `reusing` gave; `None` records them for every

@@ -203,13 +203,17 @@ class Positions:
         masks = [term.mask(tokens, half) for term in self._active]
         return masks[0] if len(masks) == 1 else torch.stack(masks).any(0)
 
+    def nothing_in(self, tokens: Tokens) -> bool:
+        """Return whether nothing of this chunk is selected in any row, as is known without looking."""
+        return tokens.after_prompt and self.in_prompt or tokens.inside_prompt and self._word == "generated"
+
     def select(self, tokens: Tokens, few: int = 0) -> Selection | None:
         """Return the selection in this chunk; `None` when it is empty for every row without looking.
 
         Args:
             few: gives a mask instead of slots where the batch has at most so many columns in all.
         """
-        if tokens.after_prompt and self.in_prompt or tokens.inside_prompt and self._word == "generated":
+        if self.nothing_in(tokens):
             return None
         everything = self._word == "all" or (self._word == "generated" and tokens.after_prompt)
         if everything and tokens.real is None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from reftheads._utils.lazy import cached
 from reftheads.architectures.structure import StackInfo, arguments, stacks
@@ -89,12 +89,18 @@ class Facts:
         return next((p.device for p in self.stack.parameters()), torch.device("cpu"))
 
     @property
-    def lm_head(self) -> nn.Module | None:
-        """Return the vocabulary projection of a causal language model whose loss is the usual one."""
-        if self.seq2seq or not self.layer.kind.generative:
-            return None
-        usual = getattr(self.base, "loss_function", None) is ForCausalLMLoss
-        return self.base.get_output_embeddings() if usual else None  # type: ignore[operator]
+    def autocast(self) -> torch.dtype | None:
+        """Return the type that autocast computes in here and now; `None` where it is not on."""
+        kind = self.device.type
+        active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if active else None
+
+    @property
+    def computing(self) -> tuple[Any, ...]:
+        """Return how the stack computes here and now: the types, the device and the way of attention."""
+        weight = next(self.stack.parameters(), None)
+        attention = getattr(getattr(self.base, "config", None), "_attn_implementation", None)
+        return attention, self.autocast, None if weight is None else weight.dtype, self.device
 
     @property
     def targets(self) -> set[str]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
-from reftheads._utils.eval_mode import evaluating
 from reftheads.graph.intervention import IGNORE
 from reftheads.graph.selection import Selection
 from reftheads.graph.tokens import Tokens
 from reftheads.interventions.losses import or_zero
+from reftheads.reuse.comparison import Comparison
 from reftheads.reuse.cone import Cone
-from reftheads.reuse.eligibility import NO_EDIT, Eligibility
+from reftheads.reuse.eligibility import Eligibility, first_token
 from reftheads.reuse.facts import Facts
 from reftheads.reuse.frozen import inputs_of
 from reftheads.reuse.layout import Rows
@@ -44,13 +44,15 @@ from reftheads.runtime.acting import read
 from reftheads.runtime.hooks import ending, in_this_thread
 from reftheads.runtime.interventions import RUN
 from reftheads.runtime.output import extend, replaced
-from reftheads.runtime.passes import Acting, Frame, HookKey, Replayed, Run, by_name
+from reftheads.runtime.passes import Acting, Frame, HookKey, Replayed, Run, by_name, by_place
 from reftheads.runtime.plan import Plan
 from reftheads.runtime.roster import acting_on, nodes_of, side_by_side
 from reftheads.runtime.scope import Call
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+
+KNOWN = 16  # comparisons that are remembered, of the adapters that acted together last
 
 
 @dataclass(frozen=True)
@@ -92,55 +94,57 @@ class Replay:
         self.eligibility = Eligibility(facts)
         self.split = Split(facts, self.eligibility)
         self.recorder = Recorder(facts, store)
-        self._cone: tuple[list[Plan], Cone] | None = None
+        self._compared: list[tuple[list[Plan], Any, Comparison]] = []  # the latest first
 
     def kept_in(self, store: ActivationStore | None) -> Replay:
-        """Return the same with another store."""
+        """Return the same with another store; what was compared is known to both."""
         other = copy(self)
         other.store, other.recorder = store, Recorder(self.facts, store)
         return other
 
-    def differs(self, model: nn.Module, batch: Mapping[str, Any]) -> str | None:
-        """Return how the loss of a batch comes out otherwise than on the plain path; `None` if it does not.
+    def why_plain(self, call: Call | None = None) -> str | None:
+        """Return why nothing can be reused, in the state that the model is in.
 
-        It does for no architecture that this was tested on; this is for the others. It runs without gradient, without
-        the nodes' dropout, and leaves the random numbers as they were.
+        Args:
+            call: the one in question; left out, one that begins here and now.
         """
-        try:
-            with torch.no_grad(), torch.random.fork_rng(enabled=True), evaluating(self.facts.layer):
-                plain = model(**batch)
-                replayed = self(batch)
-        except Exception as error:  # whatever an unknown architecture makes of a pass in two parts
-            return f"this model cannot run in parts ({error})"
-        if replayed is None:
-            return self.eligibility.why_plain() or "a batch holds more than tokens, their labels and targets of heads"
-        if plain.get("loss") is None:
-            return None
-        a, b = float(plain["loss"]), float(replayed["loss"])
-        device = self.facts.device.type
-        computed = set(self.eligibility.dtypes)
-        if torch.is_autocast_enabled(device):
-            computed.add(torch.get_autocast_dtype(device))
-        tolerance = max(1e-4, 4 * max((torch.finfo(dtype).eps for dtype in computed), default=0))
-        if abs(a - b) > tolerance * max(abs(a), 1):
-            return f"the loss would be {b:.6g} instead of {a:.6g}"
-        return None
+        call = call or self.facts.layer.new_call()
+        return self.eligibility.why_plain(call) or self._comparison(call).cone.differences.everything
+
+    def why_no_generation(self) -> str | None:
+        """Return why `generate` does not begin with what is kept."""
+        no_cache = self.eligibility.why_no_cache()
+        if no_cache is not None:
+            return no_cache
+        comparison = self._comparison(self.facts.layer.new_call())
+        first = first_token(comparison.cone.nodes)
+        return comparison.generation if first is None else first
 
     @property
     def cone(self) -> Cone:
         """Return the cone of the adapters that act now, as far as it can be used."""
-        return self._cone_of(self.facts.layer.new_call())
+        return self._comparison(self.facts.layer.new_call()).cone
 
-    def _cone_of(self, call: Call) -> Cone:
-        plans = self.facts.layer.plans
-        acting = [plans[name] for name in dict.fromkeys(call.adapter_names or call.adapters) if name in plans]
-        known = self._cone
-        if known is None or list(map(id, acting)) != list(map(id, known[0])):
-            cone = Cone.of([planned for plan in acting for planned in plan.nodes], self.facts.info)
-            if self.eligibility.why_no_layers(cone) is not None:
-                cone = replace(cone, cut=0, constant=(), inside=cone.nodes)
-            self._cone = known = acting, cone
-        return known[1]
+    def _comparison(self, call: Call) -> Comparison:
+        """Return what is compared with the plain path for the adapters of a call; it is made once for their graphs.
+
+        Nothing runs until it is asked for what came out.
+        """
+        plans, state = self.facts.layer.plans, self.facts.computing
+        acting = {name: plans[name] for name in call.adapter_names or call.adapters if name in plans}
+        for known, then, comparison in self._compared:
+            if then == state and list(map(id, known)) == list(map(id, acting.values())):
+                return comparison
+        one_each: dict[str, Plan] = {}
+        for name, plan in acting.items():
+            if all(plan.graph != other.graph for other in one_each.values()):
+                one_each[name] = plan
+        cone = Cone.of([planned for plan in one_each.values() for planned in plan.nodes], self.facts.info)
+        reason = self.eligibility.why_no_layers(cone)
+        comparison = Comparison(self, list(one_each), cone if reason is None else cone.with_all_layers(reason))
+        self._compared.insert(0, (list(acting.values()), state, comparison))
+        del self._compared[KNOWN:]
+        return comparison
 
     # --- one batch ------------------------------------------------------------------------------------------
 
@@ -154,21 +158,36 @@ class Replay:
         call = self.facts.layer.new_call()
         if self.eligibility.why_plain(call) is not None or not self.split.understands(given):
             return None
-        cone = self._cone_of(call)
-        prepared = self._prepared(call, cone, given)
+        cone = self._comparison(call).cone
+        return None if cone.differences.everything is not None else self.through(call, cone, given)
+
+    def through(
+        self, call: Call, cone: Cone, given: dict[str, Any], recorded: Recorded | None = None, whole: bool = False
+    ) -> Any:
+        """Return the model's output for a batch, by the way that computes the least of it.
+
+        Args:
+            recorded: of the batch; left out, it is found in the store, or recorded now.
+            whole: whether the model runs to its end, though there may be no labels that ask for it.
+        """
+        prepared = self._prepared(call, cone, given, recorded, whole)
+        if whole and "labels" not in given:
+            return self._through_base(prepared)
         if not cone.inside and not cone.elsewhere and "labels" not in given:
             return prepared.read
         if "labels" not in given and not cone.elsewhere:
             return self._through_stack(cone, prepared)
-        lm_head = self.facts.lm_head
+        lm_head = self.eligibility.lm_head
         if "labels" not in given or lm_head is None:
             return self._through_base(prepared)
         return self._through_label_rows(call, lm_head, prepared)
 
-    def _prepared(self, call: Call, cone: Cone, given: dict[str, Any]) -> _Batch:
+    def _prepared(
+        self, call: Call, cone: Cone, given: dict[str, Any], recorded: Recorded | None, whole: bool
+    ) -> _Batch:
         rows = self.split.rows(cone, given, call)
-        above = bool(cone.inside) or cone.elsewhere or "labels" in given
-        recorded = self.recorder.rows(cone, rows, above)
+        above = bool(cone.inside) or cone.elsewhere or "labels" in given or whole
+        recorded = recorded or self.recorder.rows(cone, rows, above)
         run = self._run(call, cone, rows, recorded)
         targets = {name: given[name] for name in self.facts.targets & given.keys()}
         inputs = {name: value for name, value in given.items() if name not in {*OURS, *targets}}
@@ -182,30 +201,28 @@ class Replay:
 
     def _run(self, call: Call, cone: Cone, rows: Rows, recorded: Recorded) -> Run:
         facts, layout = self.facts, rows.layout
-        acting: dict[HookKey, list[Acting]] = {}
-        constant: list[Acting] = []
         nodes = list(nodes_of(facts.layer, facts.info.path, call))
-        for act in acting_on(facts.layer, nodes, call, layout.columns):
-            if act.planned in recorded.read:
-                constant.append(act)
-            else:
-                acting.setdefault((act.planned.address.module, act.planned.address.side), []).append(act)
+        every = [
+            act
+            for act in acting_on(facts.layer, nodes, call, layout.columns)
+            if act.planned.node.positions not in rows.silent
+        ]
         run = Run(
             facts.info.path,
             Frame(0, None, None, None),
-            acting,
+            by_place(act for act in every if act.planned not in recorded.read),
             (layout.real.shape[0], layout.real.shape[1]),
             masks={rule: layout.pick(mask) & layout.real for rule, mask in rows.masks.items()},
             replayed=None if recorded.hidden is None else self._replayed(cone, _laid_out(recorded.hidden, rows)),
         )
-        for act in constant:
-            _read(run, act, rows, recorded.read[act.planned])
+        for act in every:
+            if act.planned in recorded.read:
+                _read(run, act, rows, recorded.read[act.planned])
         return run
 
     def _replayed(self, cone: Cone, hidden: Float[Tensor, "rows computed width"]) -> Replayed:
         self.facts.layer.hold_blocks(self.facts.info, self.facts.base)
-        elements = self.eligibility.elements
-        return Replayed(cone.cut, (hidden, *[None] * (elements - 1)) if elements else hidden)
+        return Replayed(cone.cut, self.eligibility.as_block_output(hidden))
 
     # --- the ways through the model ---------------------------------------------------------------------------
 
@@ -246,8 +263,8 @@ class Replay:
         ]
         loss = losses[0]
         if adapters:
-            scales = [1 if options else count / len(where) for count in counts]
-            loss = torch.stack([part * scale for part, scale in zip(losses, scales, strict=True) if scale]).sum()
+            scales = [1 if options else count / max(len(where), 1) for count in counts]
+            loss = torch.stack([part * scale for part, scale in zip(losses, scales, strict=True)]).sum()
         heads = out.get("head_loss")
         values: dict[str, Any] = {"loss": loss if heads is None else loss + heads, "logits": None}
         values |= {"past_key_values": None} if hasattr(out, "past_key_values") else {}
@@ -273,9 +290,17 @@ class Replay:
         Args:
             input_ids, attention_mask: prompts padded at the left.
         """
-        cone = self.cone
-        if self.eligibility.why_plain() is not None or self.eligibility.why_no_prefix(cone) not in (None, NO_EDIT):
+        if self.why_plain() is not None or self.why_no_generation() is not None:
             return None
+        return self.prefilled(self.cone, input_ids, attention_mask)
+
+    def prefilled(
+        self,
+        cone: Cone,
+        input_ids: Int[Tensor, "rows columns"],
+        attention_mask: Bool[Tensor, "rows columns"] | None = None,
+    ) -> Any:
+        """Return the cache that `prefill` begins with, whatever comes of it."""
         ids = input_ids.cpu()
         real = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
         if real.shape != ids.shape or bool((real[:, 1:] < real[:, :-1]).any()):
@@ -284,7 +309,9 @@ class Replay:
         needed = torch.stack([planned.node.positions.mask(tokens) for planned in cone.nodes]).any(0).any(0)
         past = int(torch.cat([needed.int()[:-1], needed.new_ones(1).int()]).argmax())
         rows = [row[mask[:past].bool()] for row, mask in zip(input_ids[:, :past], real, strict=True)]
-        return growing(self.recorder.prefixes(rows), past) if any(map(len, rows)) else None
+        if not any(map(len, rows)):
+            return None
+        return growing(self.recorder.prefixes(rows), past, self.facts.base.config)
 
 
 def _read(run: Run, act: Acting, rows: Rows, seen: Sequence[Float[Tensor, "selected width"]]) -> None:

@@ -36,7 +36,7 @@ def derive(modules: Iterable[NodeModule]) -> dict[NodeModule, Params | None]:
             continue
         stored = module.stored()
         first = next(iter(stored.values()), None)
-        if hasattr(first, "ds_id"):
+        if hasattr(first, "ds_id") or (first is not None and first.is_meta):
             out[module] = None
             continue
         out[module] = stored

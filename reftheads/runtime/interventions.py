@@ -29,8 +29,8 @@ from reftheads.runtime.checkpointing import KeepCall
 from reftheads.runtime.frame import BaseKind, frame_of
 from reftheads.runtime.hooks import Around, attach, refuse_lost, take_places_again
 from reftheads.runtime.lineage import PREPARED, Generation
-from reftheads.runtime.output import extend
-from reftheads.runtime.passes import Acting, HookKey, NodeKey, Prompt, Run, by_name
+from reftheads.runtime.output import extend, or_zero_without_labels
+from reftheads.runtime.passes import HookKey, NodeKey, Prompt, Run, by_name, by_place
 from reftheads.runtime.plan import Plan
 from reftheads.runtime.roster import acting_on, nodes_of
 from reftheads.runtime.scope import Call, call_of, change_from_here, entering, scope_of
@@ -180,7 +180,10 @@ class Interventions(nn.Module, BaseTunerLayer):
         with call:
             call.handed |= {} if run is None else {run.stack: run}
             output = forward(*args, **kwargs)
-        return extend(output, by_name(call.readings), call.targets, call.labels) if call.readings else output
+        if call.readings:
+            return extend(output, by_name(call.readings), call.targets, call.labels)
+        judged = isinstance(call.labels, Tensor) and not call.disabled
+        return or_zero_without_labels(output, call.labels) if judged else output  # type: ignore[arg-type]
 
     def _continued(self, call: Call, inputs: Mapping[str, Any]) -> Prompt:
         """Return the prompt that a call within `generate` continues which is none of its own next steps."""
@@ -233,9 +236,7 @@ class Interventions(nn.Module, BaseTunerLayer):
         tokens = ids if ids is not None else inputs.get("inputs_embeds")
         shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
         frame = frame_of(self.kind, stack, call, inputs, shape, [p.node.positions for _, p, _ in nodes])
-        acting: dict[HookKey, list[Acting]] = {}
-        for act in acting_on(self, nodes, call, tokens):
-            acting.setdefault((act.planned.address.module, act.planned.address.side), []).append(act)
+        acting = by_place(acting_on(self, nodes, call, tokens))
         for block in self._checkpointing[stack.path]:
             checkpoint = getattr(block, "_gradient_checkpointing_func", None)
             if block.gradient_checkpointing and checkpoint is not None and not isinstance(checkpoint, KeepCall):

@@ -66,7 +66,7 @@ def extend(output: Any, readings: dict[str, Reading], targets: dict[str, Tensor]
         loss = output[0] if len(output) and isinstance(output[0], Tensor) and output[0].ndim == 0 else None
         output = output if loss is None else output[1:]
     fields_read = _fields(readings, targets)
-    if loss is not None and labels is not None:
+    if loss is not None and isinstance(labels, Tensor):
         loss = or_zero(loss, labels)
     head_loss = fields_read["head_loss"]
     if head_loss is not None:
@@ -162,6 +162,12 @@ def _fields(readings: dict[str, Reading], targets: dict[str, Tensor]) -> dict[st
         "predictions": predictions, "losses": losses, "counts": counts, "collected": collected, "selected": selected
     }  # fmt: skip
     return {**{name: value or None for name, value in by_name.items()}, "head_loss": total}
+
+
+def or_zero_without_labels(output: Any, labels: Tensor) -> Any:
+    """Return a model's output, with a loss of 0 instead of NaN where no label is a target."""
+    loss = output.get("loss") if isinstance(output, ModelOutput) else None
+    return replaced(output, loss=or_zero(loss, labels)) if isinstance(loss, Tensor) else output
 
 
 def _loss(

@@ -6,7 +6,7 @@ several passes of one `generate` continue.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -139,6 +139,16 @@ class Prompt:
             repeated = (mask if mask is None else mask.repeat_interleave(times, 0) for mask in (self.real, self.prompt))
             self._expanded[rows] = tuple(repeated)  # type: ignore[assignment]
         return self._expanded[rows]
+
+
+def by_place(nodes: Iterable[Acting]) -> dict[HookKey, list[Acting]]:
+    """Return the nodes at each place: in the order in which a block computes what their sites name, then as listed."""
+    places: dict[HookKey, list[Acting]] = {}
+    for node in nodes:
+        places.setdefault((node.planned.address.module, node.planned.address.side), []).append(node)
+    for there in places.values():
+        there.sort(key=lambda node: node.planned.address.order or (-1, -1))
+    return places
 
 
 def by_name(readings: Mapping[NodeKey, Reading]) -> dict[str, Reading]:

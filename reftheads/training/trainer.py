@@ -191,7 +191,7 @@ class InterventionTrainer(SavesBase, WholeCheckpoints, MasksInMetrics):
             self._replay = self._new_replay(own, inputs)
             self._described = own.get_base_model(), own.training
         elif own.training and not self._described[1]:  # described before an evaluation; dropout may be active now
-            if self._replay is not None and self._replay.eligibility.why_plain() is not None:
+            if self._replay is not None and self._replay.why_plain() is not None:
                 self.reuse_summary = describe(self._replay)
             self._described = self._described[0], True
         return nullcontext() if self._replay is None else own.reusing(self._replay)
@@ -203,16 +203,15 @@ class InterventionTrainer(SavesBase, WholeCheckpoints, MasksInMetrics):
         except ValueError as error:
             self.reuse_summary = f"reuse  nothing: {error}"
             return None
-        if replay.eligibility.why_plain() is not None:
-            self.reuse_summary = describe(replay)
-            return replay
-        with self.accelerator.autocast():
-            difference = replay.differs(model, inputs)
-        if difference is not None:
-            self.reuse_summary = f"reuse  nothing: {difference}"
-            return None
-        batches = self._sample()
-        self.reuse_summary = describe(replay, batches)
+        with self.accelerator.autocast():  # as the steps compute, whose comparison with the plain path is known then
+            if replay.why_plain() is not None:
+                self.reuse_summary = describe(replay)
+                return replay
+            if not replay.split.understands(inputs):
+                self.reuse_summary = "reuse  nothing: a batch holds more than tokens, their labels and targets of heads"
+                return None
+            batches = self._sample()
+            self.reuse_summary = describe(replay, batches)
         rows: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         size = Forecast.of(replay, batches).bytes_of(count_rows(rows)) if batches else None
         store, why = choose_store(

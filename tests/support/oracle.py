@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss import loss_utils
 
-from reftheads.reuse import facts
+from reftheads.reuse import frozen
 
 Formula = Callable[[Tensor], Tensor]
 """Hidden states [tokens width] -> edited hidden states, for every token."""
@@ -117,6 +117,6 @@ def causal_loss(function: Any) -> Iterator[None]:
     """Within, causal language models have this loss, and it is taken for the usual one."""
     with (
         mock.patch.dict(loss_utils.LOSS_MAPPING, ForCausalLM=function),
-        mock.patch.object(facts, "ForCausalLMLoss", function),
+        mock.patch.object(frozen, "ForCausalLMLoss", function),
     ):
         yield
