@@ -444,8 +444,9 @@ def draw_rows(random: Random, arch: Arch) -> list[RowSpec]:
     lengths = [random.randint(1, 8) for _ in range(count)]
     if random.random() < 0.2:
         lengths = [max(lengths)] * count
-    if arch.head_class is not None and arch.causal:
+    if arch.causal:
         lengths = [max(n, 2) for n in lengths]
+    lengths = [max(n, max(lengths) - arch.most + 1) for n in lengths]
     width = max(lengths) + random.choice([0, 0, 1])
     decoders = [random.randint(1, 5) for _ in range(count)]
     arbitrary = random.random() < 0.2

@@ -51,6 +51,7 @@ class Arch:
         paths: of modules in a block, by role, that a dotted path may name, with the side.
         cross: in a block of the decoder, what works on the encoder's tokens.
         sides: of the padding that the base model itself takes in float64.
+        most: padding that the base model takes in a row: eager attention is NaN in float64 where a window holds nothing else.
         auto: another class than the case has.
     """
 
@@ -61,6 +62,7 @@ class Arch:
     paths: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     cross: tuple[str, ...] = ()
     sides: tuple[str, ...] = ("left", "right", "both")
+    most: int = 9
     auto: Any = None
 
     @property
@@ -223,7 +225,7 @@ _ARCHS = [
     _decoder("llama", "model", "model.norm", *_LLAMA),
     _decoder("mistral", "model", "model.norm", *_LLAMA),
     _decoder("qwen3", "model", "model.norm", *_LLAMA),
-    _decoder("gemma2", "model", "model.norm", ("mlp.up_proj", "output"), sides=("right",)),  # eager: NaN behind padding
+    _decoder("gemma2", "model", "model.norm", ("mlp.up_proj", "output"), sides=("right",), most=3),
     _decoder("gemma3", "model", "model.norm", ("mlp.up_proj", "output"), ("self_attn.o_proj", "output")),
     _decoder("phi3", "model", "model.norm", ("mlp.gate_up_proj", "output")),
     _decoder("olmo2", "model", "model.norm", ("mlp.gate_proj", "output"), ("self_attn.o_proj", "output")),

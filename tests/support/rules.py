@@ -1,8 +1,14 @@
 """What a rule of positions means, in lists of Python: the columns of one row, no tensors."""
 
-from collections.abc import Callable, Iterable, Sequence
+from __future__ import annotations
 
-Rows = Sequence[Sequence[bool]]
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from reftheads.graph.tokens import Tokens
 
 
 def selected(rule: str, real: Sequence[int], prompt: Sequence[int]) -> list[int]:
@@ -44,11 +50,11 @@ def every(step: int, real: Sequence[int], prompt: Sequence[int]) -> list[int]:
     return list(prompt)[::step]
 
 
-def every_second(tokens) -> Callable:
+def every_second(tokens: Tokens) -> Tensor:
     """The rule that `every(2, …)` is about, as a function of `Tokens`."""
     return tokens.in_prompt & (tokens.rank % 2 == 0)
 
 
-def every_third(tokens) -> Callable:
+def every_third(tokens: Tokens) -> Tensor:
     """The rule that `every(3, …)` is about, as a function of `Tokens`."""
     return tokens.in_prompt & (tokens.rank % 3 == 0)
