@@ -8,6 +8,7 @@ from support import rules
 from support.architectures import LAYERS
 
 import reftheads as rh
+from fuzz import own
 from fuzz.places import ARCHS, Arch, Place, base_of
 
 IDS = range(3, 40)
@@ -26,7 +27,7 @@ HEADS = {  # loss: outputs, what the targets are, whether the activation takes p
 }  # fmt: skip
 EDITS = [
     "LoReFT", "LoReFT", "NoReFT", "DiReFT", "NoDiReFT", "ConsReFT", "LobiReFT", "ScaleAndBias", "Steering", "Replace",
-    "Ablate",
+    "Ablate", "Shift",
 ]  # fmt: skip
 
 
@@ -55,7 +56,7 @@ class Spec:
 def intervention(kind: str, options: dict[str, Any]) -> Any:
     """Make an intervention of plain data."""
     made = {name: intervention(*value) if name == "inner" else value for name, value in options.items()}
-    return getattr(rh, kind)(**made)
+    return getattr(rh if hasattr(rh, kind) else own, kind)(**made)
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class Graphs:
     def edit(self) -> tuple[str, dict[str, Any]]:
         """A type of edit with options; vectors are put in where the width is known."""
         kind, maybe = self.random.choice(EDITS), self.random.random() < 0.5
-        if kind == "ScaleAndBias":
+        if kind in ("ScaleAndBias", "Shift"):
             return kind, {}
         if kind == "Steering":
             return kind, {"scale": self.random.choice([1.0, -0.5, 2])} | (
@@ -246,6 +247,8 @@ class Graphs:
         return [Spec(self.head(rule, role), where | {"positions": rule, "name": name}, role)]
 
     def _collect(self) -> list[Spec]:
+        if self.random.random() < 0.2:
+            return [self._spec(("Norm", {}))]
         return [self._spec(("Collect", {"detach": self.random.random() < 0.5}))]
 
     def _gated(self) -> list[Spec]:
@@ -253,7 +256,9 @@ class Graphs:
         for _ in range(50):
             rule, lora = self.rule(), self.random.random() < 0.2
             inner = ("LoRA", self._lora_options()) if lora else self.edit()
-            gated = self._spec(("Gated", {"inner": inner}), linear=lora, rule=rule)
+            shift = not lora and self.random.random() < 0.25
+            what = ("Shift", {"c": 0.5}) if shift else ("Gated", {"inner": inner})
+            gated = self._spec(what, linear=lora, rule=rule)
             same = self.random.random() < 0.5
             read = rule if same else self.random.choice(SINGLE)
             where, role, place = self.where()
@@ -262,7 +267,8 @@ class Graphs:
                 continue
             name = self._name()
             self.places[name] = place
-            head = self.head(read, role, outputs=1, pool=None)
+            head = self.head(read, role, outputs=2 if shift else 1, pool=None)
+            head = ("Norm", {}) if self.random.random() < 0.15 else head
             source = Spec(head, where | {"positions": read, "name": name}, role, source_of=gated.name)
             return [source, replace(gated, where=gated.where | {"source": name})]
         return []
@@ -419,7 +425,7 @@ def draw_case(seed: int, number: int) -> Case:
     rows = draw_rows(random, arch)
     marked = random.choice(["mask", "labels", "both", "none"]) if arch.causal else random.choice(["mask", "none"])
     shares = _shares(random, [*adapters], len(rows))
-    return Case(number, arch.name, adapters, rows, marked, shares, wrong, _passes(random, arch, adapters), seed)
+    return Case(number, arch.name, adapters, rows, marked, shares, wrong, _passes(random, arch, adapters, rows), seed)
 
 
 def _shares(random: Random, adapters: list[str], rows: int) -> list[str]:
@@ -429,13 +435,18 @@ def _shares(random: Random, adapters: list[str], rows: int) -> list[str]:
     return [random.choice([*adapters, "__base__"]) for _ in range(rows)]
 
 
-def _passes(random: Random, arch: Arch, adapters: dict[str, list[Spec]]) -> list[str]:
+def _passes(random: Random, arch: Arch, adapters: dict[str, list[Spec]], rows: list[RowSpec]) -> list[str]:
     """What is done with a model: a pass and a step, and some of what else there is."""
-    more = ["embeds", "checkpointed", "reused", "disabled", "saved", "copied", "backbone"]
-    more += ["chunks", "chunks", "generated", "generated", "beams", "read after"] if arch.causal else []
-    more += ["generated"] if arch.seq2seq else []
-    more += ["by row", "by row", "step by row", "step by row", "together", "switched"] if len(adapters) > 1 else []
-    return ["plain", "step", *sorted(set(random.sample(more, min(3, len(more)))))]
+    continued = arch.seq2seq or (arch.causal and not any(row.right for row in rows))
+    more = ["checkpointed", "disabled", "saved", "copied"]
+    more += [] if arch.seq2seq else ["embeds", "reused", "backbone"]
+    more += ["chunks", "chunks"] if arch.causal else []
+    more += ["generated", "generated", "beams"] if continued else []
+    more += ["read after"] if continued and arch.causal else []
+    if len(adapters) > 1:
+        more += ["by row", "step by row", "step by row", "reused by row", "together", "switched", "one less"]
+        more += ["generated by row"] if continued else []
+    return ["plain", "step", *sorted(set(random.sample(more, 3)))]
 
 
 def draw_rows(random: Random, arch: Arch) -> list[RowSpec]:

@@ -93,7 +93,7 @@ class Oracle:
         for number, names in enumerate(adapters):
             row, inputs = alone(self.case, number, labels), inputs_alone(self.case, number)
             with hooked(self.arch, nodes[tuple(names)], [row]) as base:
-                out.append((row, nodes[tuple(names)], call(base, inputs) if call else base(**inputs, use_cache=False) if not self.arch.roles.get("encoder") or self.arch.seq2seq else base(**inputs)))
+                out.append((row, nodes[tuple(names)], call(base, inputs) if call else base(**inputs)))
         return out
 
     def expect(self, adapters: Sequence[Sequence[str]], labels: bool = False, targets: bool = False) -> Expected:

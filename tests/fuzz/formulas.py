@@ -51,6 +51,8 @@ def edited(what: Any, p: P, h: Tensor, x: Tensor, gate: Tensor | None) -> Tensor
         return p["s"] * h + p["b"]
     if kind == "Steering":
         return h + what.scale * p["v"]
+    if kind == "Shift":
+        return h + what.c * (1 if gate is None else gate.sum()) * p["u"]
     if kind in ("Replace", "Ablate"):
         return p["a"] + 0 * h.detach()
     assert kind == "LoRA", kind

@@ -15,8 +15,9 @@ from fuzz.batches import batch_of, inputs_alone, target_batch, targets_of
 from fuzz.draw import Case
 from fuzz.expected import Expected, Leaves, Oracle, Reading, projection
 from fuzz.places import ARCHS, base_of
+from fuzz.reference import Row, hooked
 
-TOLERANCE, OF_GRADIENTS = 1e-10, 1e-8
+TOLERANCE, OF_GRADIENTS, IN_FLOAT32 = 1e-10, 1e-8, 1e-6  # `generate` keeps logits in float32
 
 
 class Fault(AssertionError):
@@ -247,19 +248,30 @@ def checkpointed(session: Session) -> None:
 
 
 def reused(session: Session) -> None:
-    """Training steps in which what the graph cannot change is taken from a store, and the plain one afterwards."""
+    """Training steps in which what the graph cannot change is taken from a store."""
+    _reused(session, session.for_all)
+
+
+def reused_by_row(session: Session) -> None:
+    """The same with an adapter for every row."""
+    session.use(*session.case.adapters)
+    _reused(session, session.shares, adapter_names=session.case.shares)
+
+
+def _reused(session: Session, adapters: list[list[str]], **call: Any) -> None:
     case, model = session.case, session.model
     if session.arch.seq2seq:
         raise Skipped("two stacks")
     model.train(not _has_dropout(session))
-    batch = batch_of(case, labels=True) | target_batch(case, targets_of(case, session.active))
-    expected = session.oracle.expect(session.for_all, labels=True, targets=True)
+    active = sorted({name for names in adapters for name in names})
+    batch = batch_of(case, labels=True) | target_batch(case, targets_of(case, active))
+    expected = session.oracle.expect(adapters, labels=True, targets=True)
     if expected.loss is None:
         raise Skipped("no loss")
     store = rh.ActivationStore()
     for time in ("recording", "replaying", "without a store"):
         with model.reusing(None if time == "without a store" else store):
-            output = model(**batch)
+            output = model(**batch, **call)
         same(f"loss, {time}", output.loss, expected.loss)
         check_losses(output, expected)
         check_gradients(session, output.loss, expected.loss, f"{time}: ")
@@ -360,6 +372,13 @@ def together(session: Session) -> None:
     step(session)
 
 
+def one_less(session: Session) -> None:
+    """An adapter is deleted, in a copy; the first one goes on as it was."""
+    twin = copy.deepcopy(session.model)
+    twin.delete_adapter([*session.case.adapters][-1])
+    _bit_for_bit(session.case, twin, session.model)
+
+
 def switched(session: Session) -> None:
     """Another adapter, and back."""
     names = [*session.case.adapters]
@@ -408,12 +427,8 @@ def chunks(session: Session) -> None:
             if "position_ids" in batch:
                 inputs["position_ids"] = batch["position_ids"][:, start:stop]
             bare.append(base_of(case.arch)(**inputs, past_key_values=plain_cache, use_cache=True).logits)
-            try:
-                output = session.model(**inputs, prompt_mask=prompt, past_key_values=cache, use_cache=True)
-            except ValueError as error:
-                if _refused(error):
-                    raise Skipped("a source that lies in another chunk") from error
-                raise
+            inputs |= {"prompt_mask": prompt, "past_key_values": cache}
+            output = _documented(lambda inputs=inputs: session.model(**inputs, use_cache=True))
             pieces.append(output.logits)
             seen.append((start, stop, output))
         alone = [base_of(case.arch)(**inputs_alone(case, i)).logits[0] for i in range(len(case.rows))]
@@ -442,46 +457,37 @@ def _check_pieces(case: Case, name: str, reading: Reading, seen: list[tuple[int,
             raise Fault(f"{name} reads nothing at {start}:{stop}")
 
 
-def _prompts(case: Case) -> list[list[int]]:
-    return [row.tokens for row in case.rows]
+def _generation(session: Session, adapters: list[list[str]], call: dict[str, Any], **options: Any) -> Any:
+    """Generate greedily or by beams: each row alone by the reference, and all of them by the library.
 
-
-def _generation(session: Session, within: Any = None, **options: Any) -> Any:
-    """Generate from the rows, each alone by the reference and all of them by the library; both are compared."""
-    case, arch, model = session.case, session.arch, session.model
+    Args:
+        adapters: of every row, which act.
+        call: further arguments of the library's call.
+        options: of both.
+    """
+    case, arch = session.case, session.arch
     if not arch.seq2seq and any(row.right for row in case.rows):
         raise Skipped("prompts that are padded on the right")
     batch = batch_of(case)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "prompt_mask") if name in batch}
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-    new = 3
-    how = {"max_new_tokens": new, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    beams = options.get("num_beams", 1)
-    with torch.no_grad():
-        wanted = []
-        for number, row in enumerate(case.rows):
-            marked = row.prompt if "prompt_mask" in batch else list(range(len(row.tokens)))
-            wanted.append(_alone(session, number, marked, how | {k: v for k, v in options.items() if k in ("num_beams",)}))
-        model.eval()
-        output = model.generate(**inputs, **how, **options)
-        plain = base_of(case.arch)
-        bare = {k: v for k, v in inputs.items() if k != "prompt_mask"}
-        ours = plain.generate(**bare, **how, **{k: v for k, v in options.items() if k in ("num_beams", "use_cache")})
-        for number, row in enumerate(case.rows):
-            theirs = plain.generate(input_ids=torch.tensor([row.tokens]), attention_mask=torch.ones(1, len(row.tokens)), **how, **{k: v for k, v in options.items() if k == "num_beams"})
-            begin = 1 if arch.seq2seq else len(row.tokens)
-            start = 1 if arch.seq2seq else inputs["input_ids"].shape[1]
-            if not _starts_with(ours.sequences[number, start:], theirs.sequences[0, begin:]):
-                raise Skipped("the base model generates something else in a batch")
+    bare = {name: value for name, value in inputs.items() if name != "prompt_mask"}
+    how = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True} | options
     start = 1 if arch.seq2seq else inputs["input_ids"].shape[1]
-    for number, (row, alone) in enumerate(zip(case.rows, wanted, strict=True)):
-        begin = 1 if arch.seq2seq else len(row.tokens)
-        got, right = output.sequences[number, start:], alone.sequences[0, begin:]
-        if not _starts_with(got, right):
-            raise Fault(f"generated {got.tolist()} in row {number}, expected {right.tolist()}")
-        if beams == 1:
-            for i in range(len(alone.logits)):
-                same(f"logits of new token {i} in row {number}", output.logits[i][number], alone.logits[i][0])
+    with torch.no_grad():
+        plain = base_of(case.arch).generate(**bare, **how).sequences[:, start:]
+        alone = [_alone(session, number, [], how) for number in range(len(case.rows))]
+        if not all(_starts_with(a, b) for a, b in zip(plain, (new for new, _ in alone), strict=True)):
+            raise Skipped("the base model generates something else in a batch")
+        session.model.eval()
+        output = session.model.generate(**inputs, **how, **call)
+        wanted = [_alone(session, number, names, how) for number, names in enumerate(adapters)]
+    for number, (new, logits) in enumerate(wanted):
+        got = output.sequences[number, start:]
+        if not _starts_with(got, new):
+            raise Fault(f"generated {got.tolist()} in row {number}, expected {new.tolist()}")
+        for i, scores in enumerate(logits if options.get("num_beams", 1) == 1 else ()):
+            same(f"logits of new token {i} in row {number}", output.logits[i][number], scores[0].double(), IN_FLOAT32)
     return output
 
 
@@ -489,44 +495,55 @@ def _starts_with(got: Tensor, wanted: Tensor) -> bool:
     return got[: len(wanted)].tolist() == wanted.tolist()
 
 
-def _alone(session: Session, number: int, marked: list[int], how: dict[str, Any]) -> Any:
-    """Generate from one row by hooks on the base model, which computes all tokens anew for each."""
-    from fuzz.reference import Row, hooked
-
+def _alone(session: Session, number: int, adapters: list[str], how: dict[str, Any]) -> tuple[Tensor, Any]:
+    """Generate from one row by hooks on the base model, which computes all tokens anew for each new one."""
     case, arch = session.case, session.arch
     row = case.rows[number]
-    beams = how.get("num_beams", 1)
-    prompt: dict[str, list[int] | None] = {arch.role: marked}
-    if arch.seq2seq:
-        prompt = {"encoder": marked if session.case.marked in ("mask", "both") else None, "decoder": [0]}
-    nodes = session.oracle.listed(session.active)
-    rows = [Row(dict(prompt)) for _ in range(beams)]
+    marked = row.prompt if case.marked in ("mask", "both") else list(range(len(row.tokens)))
+    prompt = {"encoder": marked, "decoder": [0]} if arch.seq2seq else {arch.role: marked}
+    rows = [Row(dict(prompt)) for _ in range(how.get("num_beams", 1))]
     ids = torch.tensor([row.tokens])
-    with hooked(arch, nodes, rows) as base:
-        return base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **how)
+    with hooked(arch, session.oracle.listed(adapters), rows) as base:
+        out = base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **how)
+    return out.sequences[0, 1 if arch.seq2seq else len(row.tokens) :], out.logits
 
 
-def generated(session: Session) -> None:
-    """Greedy generation, with and without a cache, in chunks of the prompt, or within `reusing`."""
-    way = session.case.number % 3
+def _documented(run: Callable[[], Any]) -> Any:
+    """What it gives; a call that is refused for one of the reasons that depend on the call is skipped."""
     try:
-        if way == 0:
-            _generation(session, use_cache=False)
-        elif way == 1 or session.arch.seq2seq:
-            _generation(session)
-        else:
-            with session.model.reusing(rh.ActivationStore()):
-                _generation(session)
-                _generation(session)
+        return run()
     except ValueError as error:
         if _refused(error):
             raise Skipped("a source that lies in another chunk") from error
         raise
 
 
+def generated(session: Session) -> None:
+    """Greedy generation: with and without a cache, a static one, in chunks of the prompt, within `reusing`."""
+    ways: list[dict[str, Any]] = [
+        {}, {"use_cache": False}, {"prefill_chunk_size": 2},
+        {"cache_implementation": "static", "disable_compile": True},
+    ]  # fmt: skip
+    number = session.case.number % 5
+    everybody = session.for_all
+    if session.arch.seq2seq:
+        number %= 2
+    if number < 4:
+        _documented(lambda: _generation(session, everybody, ways[number]))
+        return
+    with session.model.reusing(rh.ActivationStore()):
+        _generation(session, everybody, {})
+        _generation(session, everybody, {})
+
+
 def beams(session: Session) -> None:
     """Beam search."""
-    _generation(session, num_beams=2)
+    _generation(session, session.for_all, {}, num_beams=2)
+
+
+def generated_by_row(session: Session) -> None:
+    """Greedy generation with an adapter for every row."""
+    _generation(session, session.shares, {"adapter_names": session.case.shares})
 
 
 def read_after(session: Session) -> None:
@@ -534,11 +551,9 @@ def read_after(session: Session) -> None:
     nodes = session.oracle.listed(session.active)
     if not any(hasattr(n.node.intervention, "target") for n in nodes):
         raise Skipped("no head")
-    output = _generation(session, return_heads=True)
+    output = _generation(session, session.for_all, {"return_heads": True})
     case, arch = session.case, session.arch
     width = output.sequences.shape[1] - (case.rows[0].left + len(case.rows[0].tokens))
-    from fuzz.reference import Row, hooked
-
     batch = batch_of(case)
     config = session.base.generation_config
     done = []
@@ -558,5 +573,6 @@ PASSES: dict[str, Callable[[Session], None]] = {
     "plain": plain, "step": step, "embeds": embeds, "checkpointed": checkpointed, "reused": reused,
     "disabled": disabled, "saved": saved, "copied": copied, "backbone": backbone, "chunks": chunks,
     "generated": generated, "beams": beams, "read after": read_after, "by row": by_row, "step by row": step_by_row,
-    "together": together, "switched": switched,
+    "together": together, "switched": switched, "reused by row": reused_by_row, "generated by row": generated_by_row,
+    "one less": one_less,
 }  # fmt: skip

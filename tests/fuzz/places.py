@@ -81,6 +81,11 @@ class Arch:
         return self.head_class is CAUSAL
 
     @property
+    def encoder(self) -> bool:
+        """Whether it is an encoder alone."""
+        return not self.causal and not self.seq2seq
+
+    @property
     def seq2seq(self) -> bool:
         """Whether an encoder is fed the input."""
         return self.head_class is SEQ2SEQ

@@ -100,6 +100,9 @@ def _one(listed: Listed, row: Row, nodes: Sequence[Listed], h: list[Tensor], x: 
             h[i] = new
         return
     seen = {i: h[i][index].detach() if what.detach else h[i][index] for i in chosen}
+    if type(what).__name__ == "Norm":
+        row.read[listed.key] = {i: (state @ state + 1e-3).sqrt()[None] for i, state in seen.items()}
+        return
     if getattr(what, "pool", None) is not None:
         row.read[listed.key] = {}
         if seen:

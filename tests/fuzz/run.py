@@ -102,7 +102,7 @@ class Covered:
                 counts["type"][kind] += 1
                 if "inner" in options:
                     counts["type"][f"{kind}({options['inner'][0]})"] += 1
-                component = spec.where["component"]
+                component = spec.where.get("component", "block_output")
                 head = " of a head" if "head" in spec.where else ""
                 counts["component"]["a module path" if "." in component else component + head] += 1
                 counts["positions"][str(spec.where["positions"])[:14]] += 1
