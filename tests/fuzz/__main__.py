@@ -32,12 +32,14 @@ def main() -> int:
             outcome = run_case(case)
             covered.add(case, outcome)
             for name, fault in outcome.faults.items():
+                progress.console.print(f"FAULT in {name}: {fault}", markup=False, highlight=False, soft_wrap=True)
+            if outcome.faults:
                 faults += 1
-                small = case if args.whole else shrink(case, name)
-                progress.console.print(f"FAULT in {name}: {fault}\n{describe(small)}\n", markup=False, highlight=False, soft_wrap=True)
-            progress.update(task, advance=1, description=f"{faults} faults")
+                small = case if args.whole else shrink(case, [*outcome.faults][0])
+                progress.console.print(describe(small) + "\n", markup=False, highlight=False, soft_wrap=True)
+            progress.update(task, advance=1, description=f"{faults} with faults")
     print(covered)
-    print(f"{args.graphs} graphs, seed {args.seed}, {faults} faults, {time.time() - begun:.0f} s")
+    print(f"{args.graphs} graphs, seed {args.seed}, {faults} with faults, {time.time() - begun:.0f} s")
     return bool(faults)
 
 

@@ -41,7 +41,7 @@ def edited(what: Any, p: P, h: Tensor, x: Tensor, gate: Tensor | None) -> Tensor
     kind = type(what).__name__
     if kind == "Gated":
         assert gate is not None
-        return h + ACTIVATIONS["sigmoid"](gate) * (edited(what.inner, p, h, x, None) - h)
+        return h + ACTIVATIONS["sigmoid"](gate) * (edited(what.inner, p, h, x, gate) - h)
     if kind in REFT:
         basis = p["R"] if kind in ORTHONORMAL else p["P"]
         bias = p["b"] if "b" in p else 0

@@ -116,12 +116,18 @@ def check_logits(case: Case, output: Any, expected: Expected) -> None:
 def check_readings(case: Case, output: Any, readings: dict[str, Reading]) -> None:
     """Raise `Fault` where predictions, activations or the tokens that they belong to differ."""
     predictions, collected = (getattr(output, name, None) or {} for name in ("predictions", "collected"))
-    got = predictions | collected
+    got = _named(predictions | collected, readings)
     needed = {name for name, reading in readings.items() if any(reading.tokens)}
     if not needed <= got.keys() <= readings.keys():
         raise Fault(f"readings of {sorted(got)}, expected {sorted(needed)} of {sorted(readings)}")
     for name in got:
-        check_reading(name, got[name], output.selected[name], readings[name])
+        check_reading(name, got[name], _named(output.selected, readings)[name], readings[name])
+
+
+def _named(values: dict[str, Any], readings: dict[str, Reading]) -> dict[str, Any]:
+    """The same values by the names of the readings: of two nodes of one name, one that surely reads nothing is left out."""
+    full = {name.rpartition("/")[2]: name for name, reading in readings.items() if any(reading.tokens)}
+    return {name if name in readings else full.get(name, name): value for name, value in values.items()}
 
 
 def check_reading(name: str, got: Tensor, valid: Tensor, reading: Reading) -> None:
@@ -143,7 +149,7 @@ def check_reading(name: str, got: Tensor, valid: Tensor, reading: Reading) -> No
 
 def check_losses(output: Any, expected: Expected) -> None:
     """Raise `Fault` where the losses of heads, or what they are means of, differ."""
-    got, counts = (getattr(output, name, None) or {} for name in ("losses", "counts"))
+    got, counts = (_named(getattr(output, name, None) or {}, expected.readings) for name in ("losses", "counts"))
     needed = {name for name in expected.losses if any(expected.readings[name].tokens)}
     if not needed <= got.keys() <= expected.losses.keys():
         raise Fault(f"losses of {sorted(got)}, expected {sorted(needed)} of {sorted(expected.losses)}")
@@ -446,13 +452,14 @@ def _check_pieces(case: Case, name: str, reading: Reading, seen: list[tuple[int,
     """Raise `Fault` where what was read in the pieces is not what is read of whole rows."""
     for start, stop, output in seen:
         got = (getattr(output, "predictions", None) or {}) | (getattr(output, "collected", None) or {})
+        valid = getattr(output, "selected", None)
         part = [
             {i: z for i, z in tokens.items() if start <= row.left + i < stop}
             for row, tokens in zip(case.rows, reading.tokens, strict=True)
         ]
         piece = Reading(reading.listed, part, reading.length)
         if name in got:
-            check_reading(f"{name} at {start}:{stop}", got[name], output.selected[name], piece)
+            check_reading(f"{name} at {start}:{stop}", got[name], valid[name], piece)
         elif any(part):
             raise Fault(f"{name} reads nothing at {start}:{stop}")
 

@@ -117,13 +117,16 @@ def _one(listed: Listed, row: Row, nodes: Sequence[Listed], h: list[Tensor], x: 
 def _act(rows: Sequence[Row], here: Sequence[Listed], nodes: Sequence[Listed], h: Tensor, x: Tensor) -> Tensor:
     flat = h.ndim == 2  # one row's tokens after the other's
     if flat:
-        h, x = h.unflatten(0, (len(rows), -1)), x.unflatten(0, (len(rows), -1))
+        h, x = (t.unflatten(0, (len(rows), -1)) for t in (h, x))
     new = []
-    for row, states, entered in zip(rows, h, x, strict=True):
+    for row, states, entered in zip(rows, h, x, strict=len(h) > 1):
         tokens = list(states)
         for listed in here:
             _one(listed, row, nodes, tokens, entered)
         new.append(torch.stack(tokens))
+    for row in rows[len(h) :]:  # beams share what an encoder has seen once
+        row.read.update(rows[0].read)
+        row.pooled.update(rows[0].pooled)
     out = torch.stack(new)
     return out.flatten(0, 1) if flat else out
 
@@ -158,7 +161,7 @@ def hooked(arch: Arch, nodes: Sequence[Listed], rows: Sequence[Row]) -> Iterator
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             ids = args[0] if args else kwargs.get("input_ids")
             for i, row in enumerate(rows):
-                row.ids[role] = None if ids is None else ids[i].tolist()
+                row.ids[role] = None if ids is None else ids[min(i, len(ids) - 1)].tolist()
 
         return hook
 

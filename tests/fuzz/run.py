@@ -84,15 +84,17 @@ class Covered:
     def __init__(self) -> None:
         self.counts: dict[str, Counter[str]] = {
             name: Counter()
-            for name in ("model", "type", "component", "positions", "pass", "skipped", "refused", "padding", "adapters")
+            for name in (
+                "model", "adapters", "padding", "type", "component", "positions", "mistake", "pass", "skipped",
+            )
         }
 
-    def add(self, case: Case, outcome: Outcome) -> None:
-        """Count a case."""
+    def note(self, case: Case) -> None:
+        """Count what a case is about."""
         counts = self.counts
         counts["model"][case.arch] += 1
-        if outcome.refused is not None:
-            counts["refused"][case.wrong or "without a reason"] += 1
+        if case.wrong is not None:
+            counts["mistake"][case.wrong] += 1
             return
         counts["adapters"][str(len(case.adapters))] += 1
         counts["padding"][_padding(case)] += 1
@@ -102,12 +104,16 @@ class Covered:
                 counts["type"][kind] += 1
                 if "inner" in options:
                     counts["type"][f"{kind}({options['inner'][0]})"] += 1
-                component = spec.where.get("component", "block_output")
+                component = spec.where["component"]
                 head = " of a head" if "head" in spec.where else ""
                 counts["component"]["a module path" if "." in component else component + head] += 1
-                counts["positions"][str(spec.where["positions"])[:14]] += 1
-        counts["pass"].update(outcome.passes)
-        counts["skipped"].update(f"{name}: {why}" for name, why in outcome.skipped.items())
+                counts["positions"][str(spec.where["positions"]).partition("s': [")[0].strip("{'")] += 1
+
+    def add(self, case: Case, outcome: Outcome) -> None:
+        """Count a case, and what was done with it."""
+        self.note(case)
+        self.counts["pass"].update(outcome.passes)
+        self.counts["skipped"].update(f"{name}: {why}" for name, why in outcome.skipped.items())
 
     def __str__(self) -> str:
         lines = []
