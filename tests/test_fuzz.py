@@ -1,6 +1,6 @@
 """Random graphs on random batches do what their rows alone say; `python -m tests.fuzz` runs any number of them.
 
-The reference in `tests/fuzz` uses nothing of the runtime: rows without padding, hooks written by hand, loops over tokens.
+The reference in `tests/fuzz` uses nothing of the runtime: rows without padding, hooks by hand, loops over tokens.
 """
 
 from collections.abc import Callable

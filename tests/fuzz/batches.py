@@ -20,7 +20,9 @@ def padded(
     """One value a token, with padding: [rows columns …]."""
     out = []
     for row, ours in zip(case.rows, values, strict=True):
-        left, right = (0, row.decoder_right) if role == "decoder" and ARCHS[case.arch].seq2seq else (row.left, row.right)
+        left, right = (
+            (0, row.decoder_right) if role == "decoder" and ARCHS[case.arch].seq2seq else (row.left, row.right)
+        )
         out.append([filler] * left + list(ours) + [filler] * right)
     return torch.tensor(out, dtype=dtype)
 
@@ -115,7 +117,9 @@ def _target(random: Random, what: str) -> Any:
         return random.choice([1, -1, 2, -2, 0])
     if random.random() < 0.25:
         return NONE[what]
-    return {"classes": random.randrange(3), "chances": random.choice([0.0, 1.0, 0.3]), "numbers": random.gauss(0, 2)}[what]
+    return {"classes": random.randrange(3), "chances": random.choice([0.0, 1.0, 0.3]), "numbers": random.gauss(0, 2)}[
+        what
+    ]
 
 
 def target_batch(case: Case, targets: dict[str, list[Tensor]]) -> dict[str, Tensor]:

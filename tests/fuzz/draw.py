@@ -470,9 +470,15 @@ def draw_rows(random: Random, arch: Arch) -> list[RowSpec]:
         answer = min(end, n - 1) if rows == [] else end  # somebody has an answer
         rows.append(
             RowSpec(
-                tokens=random.choices(IDS, k=n), prompt=prompt, left=left, right=gap - left, answer=answer,
-                decoder=random.choices(IDS, k=m), decoder_right=max(decoders) - m,
-                decoder_answer=random.randint(0, m - 1), seed=random.randrange(10**6),
+                tokens=random.choices(IDS, k=n),
+                prompt=prompt,
+                left=left,
+                right=gap - left,
+                answer=answer,
+                decoder=random.choices(IDS, k=m),
+                decoder_right=max(decoders) - m,
+                decoder_answer=random.randint(0, m - 1),
+                seed=random.randrange(10**6),
             )  # fmt: skip
         )
     return rows
@@ -491,7 +497,11 @@ def smaller(case: Case) -> list[Case]:
             rest = {name: nodes for name, nodes in case.adapters.items() if name != adapter}
             out.append(replace(case, adapters=rest, shares=[s if s in rest else [*rest][0] for s in case.shares]))
         for spec in specs:
-            less = [s for s in specs if s is not spec and s.name != spec.where.get("source") and s.where.get("source") != spec.name]
+            less = [
+                s
+                for s in specs
+                if s is not spec and s.name != spec.where.get("source") and s.where.get("source") != spec.name
+            ]
             same = {name for name, nodes in case.adapters.items() if nodes == specs}
             if less:
                 out.append(replace(case, adapters={n: less if n in same else v for n, v in case.adapters.items()}))

@@ -110,12 +110,13 @@ class Oracle:
 
     def _own_loss(self, logits: list[Tensor]) -> Tensor | None:
         """The model's own loss, a mean over all labels."""
+        rows = list(zip(logits, self.case.rows, strict=True))
         if self.arch.name == "bert classifier":
-            return torch.stack([F.cross_entropy(z, torch.tensor(r.seed % 2)) for z, r in zip(logits, self.case.rows)]).mean()
+            return torch.stack([F.cross_entropy(z, torch.tensor(row.seed % 2)) for z, row in rows]).mean()
         if not self.arch.causal and not self.arch.seq2seq:
             return None
         terms = []
-        for z, row in zip(logits, self.case.rows, strict=True):
+        for z, row in rows:
             labels = labels_of(self.arch, row)
             seen = z if self.arch.seq2seq else z[:-1]
             for scores, label in zip(seen, labels if self.arch.seq2seq else labels[1:], strict=True):

@@ -10,178 +10,28 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import reftheads as rh
-from fuzz import formulas
 from fuzz.batches import batch_of, inputs_alone, target_batch, targets_of
+from fuzz.checks import (
+    IN_FLOAT32,
+    Fault,
+    check_gradients,
+    check_logits,
+    check_losses,
+    check_reading,
+    check_readings,
+    logits_of,
+    real,
+    same,
+)
 from fuzz.draw import Case
-from fuzz.expected import Expected, Leaves, Oracle, Reading, projection
-from fuzz.places import ARCHS, base_of
+from fuzz.expected import Reading, projection
+from fuzz.places import base_of
 from fuzz.reference import Row, hooked
-
-TOLERANCE, OF_GRADIENTS, IN_FLOAT32 = 1e-10, 1e-8, 1e-6  # `generate` keeps logits in float32
-
-
-class Fault(AssertionError):
-    """A difference between the library and the reference."""
+from fuzz.session import Session
 
 
 class Skipped(Exception):
     """A pass that a case has no use for, or that the library refuses with a reason that is documented."""
-
-
-class Session:
-    """A case with its model, whose parameters are random, and the reference."""
-
-    def __init__(self, case: Case):
-        self.case = case
-        self.arch = ARCHS[case.arch]
-        self.graphs = {name: rh.InterventionGraph(*(s.node() for s in specs)) for name, specs in case.adapters.items()}
-        names = [*case.adapters]
-        self.base = copy.deepcopy(base_of(case.arch))
-        self.model = rh.InterventionModel(self.base, self.graphs[names[0]], names[0])
-        for name in names[1:]:
-            self.model.add_adapter(name, self.graphs[name])
-        self.model.double().eval()
-        self.leaves: Leaves = {}
-        torch.manual_seed(case.number)
-        for name in names:
-            for node in self.graphs[name]:
-                self._randomise(name, node)
-        self.oracle = Oracle(case, self.graphs, self.leaves)
-        self.use(names[0])
-
-    def _randomise(self, adapter: str, node: Any) -> None:
-        """Give a node random parameters, the same to the reference."""
-        key = (adapter, node.share or node.name)
-        if key in self.leaves:
-            return
-        module = self.model.node(node.name, adapter)
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.copy_((torch.randn(parameter.shape) * 0.5).float())
-        self.leaves[key] = {
-            name: tensor.detach().clone().requires_grad_(isinstance(tensor, torch.nn.Parameter))
-            for name, tensor in module.stored().items()
-        }
-
-    def use(self, *adapters: str) -> None:
-        """Let these adapters act, one after the other, and be trained."""
-        self.active = list(adapters)
-        self.model.set_adapter(self.active)
-
-    @property
-    def for_all(self) -> list[list[str]]:
-        """Of every row, the adapters that act now."""
-        return [self.active for _ in self.case.rows]
-
-    @property
-    def shares(self) -> list[list[str]]:
-        """Of every row, the adapter that it names."""
-        return [[] if name == "__base__" else [name] for name in self.case.shares]
-
-
-# --- comparisons ----------------------------------------------------------------------------------------------
-
-
-def same(what: str, got: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    """Raise `Fault` where two tensors differ by more than rounding."""
-    if got.shape != expected.shape:
-        raise Fault(f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
-    if not got.numel():
-        return
-    scale = max(1.0, float(expected.detach().abs().max()))
-    worst = float((got.detach().double() - expected.detach()).abs().max())
-    if not worst <= tolerance * scale:
-        raise Fault(f"{what}: {worst:.2e} away, of {scale:.1e}")
-
-
-def real(case: Case, values: Tensor, role: str | None = None) -> list[Tensor]:
-    """Of every row of [rows columns …], what lies at its tokens."""
-    decoder = ARCHS[case.arch].seq2seq and role != "encoder"
-    if decoder:
-        return [one[: len(row.decoder)] for row, one in zip(case.rows, values, strict=True)]
-    return [one[row.left : row.left + len(row.tokens)] for row, one in zip(case.rows, values, strict=True)]
-
-
-def logits_of(case: Case, output: Any) -> list[Tensor]:
-    """Of every row, the logits at its tokens; one for all of them, if the model gives one."""
-    return list(output.logits) if output.logits.ndim == 2 else real(case, output.logits)
-
-
-def check_logits(case: Case, output: Any, expected: Expected) -> None:
-    """Raise `Fault` where logits at real tokens differ."""
-    for number, (got, wanted) in enumerate(zip(logits_of(case, output), expected.logits, strict=True)):
-        same(f"logits of row {number}", got, wanted)
-
-
-def check_readings(case: Case, output: Any, readings: dict[str, Reading]) -> None:
-    """Raise `Fault` where predictions, activations or the tokens that they belong to differ."""
-    predictions, collected = (getattr(output, name, None) or {} for name in ("predictions", "collected"))
-    got = _named(predictions | collected, readings)
-    needed = {name for name, reading in readings.items() if any(reading.tokens)}
-    if not needed <= got.keys() <= readings.keys():
-        raise Fault(f"readings of {sorted(got)}, expected {sorted(needed)} of {sorted(readings)}")
-    for name in got:
-        check_reading(name, got[name], _named(output.selected, readings)[name], readings[name])
-
-
-def _named(values: dict[str, Any], readings: dict[str, Reading]) -> dict[str, Any]:
-    """The same values by the names of the readings: of two nodes of one name, one that surely reads nothing is left out."""
-    full = {name.rpartition("/")[2]: name for name, reading in readings.items() if any(reading.tokens)}
-    return {name if name in readings else full.get(name, name): value for name, value in values.items()}
-
-
-def check_reading(name: str, got: Tensor, valid: Tensor, reading: Reading) -> None:
-    """Raise `Fault` where what a node read differs from the reading, row by row."""
-    what = reading.listed.node.intervention
-    shown = formulas.ACTIVATIONS[getattr(what, "activation", None)]
-    for number, tokens in enumerate(reading.tokens):
-        if int(valid[number].sum()) != len(tokens):
-            raise Fault(f"{name} selects {int(valid[number].sum())} tokens of row {number}, expected {len(tokens)}")
-        values = got[number][None] if got.ndim == 2 else got[number]
-        if values.shape[0] != valid.shape[1]:
-            raise Fault(f"{name}: {values.shape[0]} values for {valid.shape[1]} slots")
-        if tokens:
-            wanted = torch.stack([shown(tokens[i]) for i in sorted(tokens)])
-            same(f"{name} in row {number}", values[valid[number]], wanted)
-        if bool(values[~valid[number]].any()):
-            raise Fault(f"{name} is not zero where row {number} has no token")
-
-
-def check_losses(output: Any, expected: Expected) -> None:
-    """Raise `Fault` where the losses of heads, or what they are means of, differ."""
-    got, counts = (_named(getattr(output, name, None) or {}, expected.readings) for name in ("losses", "counts"))
-    needed = {name for name in expected.losses if any(expected.readings[name].tokens)}
-    if not needed <= got.keys() <= expected.losses.keys():
-        raise Fault(f"losses of {sorted(got)}, expected {sorted(needed)} of {sorted(expected.losses)}")
-    for name in got:
-        same(f"loss of {name}", got[name], expected.losses[name])
-        if int(counts[name]) != expected.counts[name]:
-            raise Fault(f"{name} counts {int(counts[name])} targets, expected {expected.counts[name]}")
-
-
-def check_gradients(session: Session, objective: Tensor | None, expected: Tensor | None, what: str = "") -> None:
-    """Raise `Fault` where the gradients of two objectives differ."""
-    model, leaves = session.model, session.leaves
-    model.zero_grad()
-    if objective is not None and objective.requires_grad:
-        objective.backward()
-    wanted = [(key, name, leaf) for key, p in leaves.items() for name, leaf in p.items() if leaf.requires_grad]
-    if expected is None or not expected.requires_grad:
-        slopes = [None] * len(wanted)
-    else:
-        slopes = torch.autograd.grad(expected, [leaf for *_, leaf in wanted], allow_unused=True, retain_graph=True)
-    norms = [float(s.norm()) for s in slopes if s is not None]
-    scale = max([1.0, *norms])
-    for ((adapter, key), name, leaf), slope in zip(wanted, slopes, strict=True):
-        parameter = model.base_model.layer.rh_nodes[adapter][key].stored()[name]
-        got = torch.zeros_like(leaf) if parameter.grad is None else parameter.grad
-        slope = torch.zeros_like(leaf) if slope is None else slope
-        worst = float((got - slope).abs().max())
-        if not worst <= OF_GRADIENTS * scale:
-            raise Fault(f"{what}gradient of {adapter}.{key}.{name}: {worst:.2e} away, of {scale:.1e}")
-
-
-# --- passes ---------------------------------------------------------------------------------------------------
 
 
 def plain(session: Session) -> None:
@@ -209,17 +59,10 @@ def embeds(session: Session) -> None:
     check_readings(session.case, output, expected.readings)
 
 
-def _has_dropout(session: Session) -> bool:
-    def drops(what: Any) -> bool:
-        return bool(getattr(what, "dropout", 0)) or drops(what.inner) if hasattr(what, "inner") else bool(getattr(what, "dropout", 0))
-
-    return any(drops(node.intervention) for graph in session.graphs.values() for node in graph)
-
-
-def _trained(session: Session, adapters: list[list[str]], **call: Any) -> None:
+def _trained(session: Session, adapters: list[list[str]], training: bool = True, **call: Any) -> None:
     """A step with labels and targets: loss, losses of heads, gradients."""
     case, model = session.case, session.model
-    model.train(not _has_dropout(session) and case.number % 4 != 0)
+    model.train(training and not session.has_dropout)
     active = sorted({name for names in adapters for name in names})
     expected = session.oracle.expect(adapters, labels=True, targets=True)
     batch = batch_of(case, labels=True) | target_batch(case, targets_of(case, active))
@@ -227,16 +70,20 @@ def _trained(session: Session, adapters: list[list[str]], **call: Any) -> None:
     check_logits(case, output, expected)
     check_readings(case, output, expected.readings)
     check_losses(output, expected)
-    loss, nothing = getattr(output, "loss", None), torch.zeros((), dtype=torch.float64)
-    loss, right = (nothing if value is None else value for value in (loss, expected.loss))
+    loss, right = (_or_zero(value) for value in (getattr(output, "loss", None), expected.loss))
     same("loss", loss, right)
     objective, wanted = (projection(logits) * 0.1 for logits in (logits_of(case, output), expected.logits))
     check_gradients(session, objective + loss, wanted + right)
 
 
+def _or_zero(loss: Tensor | None) -> Tensor:
+    """A loss; 0 where there is none, since nodes that surely read nothing have none."""
+    return torch.zeros((), dtype=torch.float64) if loss is None else loss
+
+
 def step(session: Session) -> None:
-    """A training step."""
-    _trained(session, session.for_all)
+    """A training step; the gradients of one in evaluation mode, at times."""
+    _trained(session, session.for_all, training=session.case.number % 4 != 0)
 
 
 def checkpointed(session: Session) -> None:
@@ -268,7 +115,7 @@ def _reused(session: Session, adapters: list[list[str]], **call: Any) -> None:
     case, model = session.case, session.model
     if session.arch.seq2seq:
         raise Skipped("two stacks")
-    model.train(not _has_dropout(session))
+    model.train(not session.has_dropout)
     active = sorted({name for names in adapters for name in names})
     batch = batch_of(case, labels=True) | target_batch(case, targets_of(case, active))
     expected = session.oracle.expect(adapters, labels=True, targets=True)
@@ -278,9 +125,10 @@ def _reused(session: Session, adapters: list[list[str]], **call: Any) -> None:
     for time in ("recording", "replaying", "without a store"):
         with model.reusing(None if time == "without a store" else store):
             output = model(**batch, **call)
-        same(f"loss, {time}", output.loss, expected.loss)
+        loss = _or_zero(getattr(output, "loss", None))
+        same(f"loss, {time}", loss, expected.loss)
         check_losses(output, expected)
-        check_gradients(session, output.loss, expected.loss, f"{time}: ")
+        check_gradients(session, loss, expected.loss, f"{time}: ")
 
 
 def disabled(session: Session) -> None:
@@ -416,7 +264,7 @@ def _refused(error: ValueError) -> bool:
 
 def chunks(session: Session) -> None:
     """The columns in pieces, each with the cache of those before."""
-    case, arch = session.case, session.arch
+    case = session.case
     batch = batch_of(case)
     width = batch["input_ids"].shape[1]
     ones = torch.ones_like(batch["input_ids"])

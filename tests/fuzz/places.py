@@ -51,7 +51,7 @@ class Arch:
         paths: of modules in a block, by role, that a dotted path may name, with the side.
         cross: in a block of the decoder, what works on the encoder's tokens.
         sides: of the padding that the base model itself takes in float64.
-        most: padding that the base model takes in a row: eager attention is NaN in float64 where a window holds nothing else.
+        most: padding that it takes in a row: eager attention is NaN in float64 where a window holds nothing else.
         auto: another class than the case has.
     """
 
@@ -240,7 +240,9 @@ _ARCHS = [
     _decoder("opt", "model.decoder", "model.decoder.final_layer_norm", ("fc1", "output")),
     _decoder("bloom", "transformer", "transformer.ln_f", ("input_layernorm", "output"), sides=("right",)),
     _decoder("falcon, grouped", "transformer", "transformer.ln_f", ("ln_attn", "output")),
-    _encoder("bert", "bert", None, ("attention.output.LayerNorm", "output"), ("intermediate.dense", "output"), auto=MASKED),
+    _encoder(
+        "bert", "bert", None, ("attention.output.LayerNorm", "output"), ("intermediate.dense", "output"), auto=MASKED
+    ),
     _encoder("bert", "bert", None, name="bert classifier", sides=("right",), auto=CLASSIFIER),
     _encoder("distilbert", "distilbert", None, ("ffn.lin1", "output"), auto=MASKED, sides=("right",)),
     _encoder("modernbert", "model", "model.final_norm", ("mlp.Wi", "output"), auto=MASKED),

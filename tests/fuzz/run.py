@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 import transformers
 from support.oracle import causal_loss, exact_loss
 
+from fuzz.checks import Fault
 from fuzz.draw import Case, describe, draw_case, size, smaller
-from fuzz.passes import PASSES, Fault, Session, Skipped
+from fuzz.passes import PASSES, Skipped
+from fuzz.session import Session
 
 
 @dataclass
@@ -85,7 +87,15 @@ class Covered:
         self.counts: dict[str, Counter[str]] = {
             name: Counter()
             for name in (
-                "model", "adapters", "padding", "type", "component", "positions", "mistake", "pass", "skipped",
+                "model",
+                "adapters",
+                "padding",
+                "type",
+                "component",
+                "positions",
+                "mistake",
+                "pass",
+                "skipped",
             )
         }
 
