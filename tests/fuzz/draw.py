@@ -38,7 +38,6 @@ class Spec:
     what: tuple[str, dict[str, Any]]
     where: dict[str, Any]
     role: str = ""
-    source_of: str | None = None  # the node that cannot do without it
 
     @property
     def name(self) -> str:
@@ -110,6 +109,7 @@ class Graphs:
         self.arch = arch
         self.count = 0
         self.places: dict[str, Place] = {}
+        self.sites: list[tuple[dict[str, Any], str, Place]] = []
 
     def draw(self) -> list[Spec]:
         """Some nodes that a graph may have."""
@@ -120,7 +120,7 @@ class Graphs:
             )[0]
             specs += getattr(self, f"_{kind}")()
         self.random.shuffle(specs)
-        return in_order(specs, self.places)
+        return in_order(specs)
 
     def _name(self) -> str:
         self.count += 1
@@ -136,20 +136,20 @@ class Graphs:
         return self.random.choice(RULES)
 
     def where(self, linear: bool = False) -> tuple[dict[str, Any], str, Place]:
-        """A site with its stack and place."""
+        """A site with its stack and place; often one that another node has."""
         while True:
-            where, role, place = self._anywhere()
-            if place.linear or not linear:
-                return where, role, place
+            again = bool(self.sites) and self.random.random() < 0.3
+            site = self.random.choice(self.sites) if again else self._anywhere()
+            if site[2].linear or not linear:
+                self.sites.append(site)
+                return site
 
     def _anywhere(self) -> tuple[dict[str, Any], str, Place]:
         role = self.random.choice([*self.arch.roles])
-        paths = self.arch.paths.get(role, ())
-        if paths and self.random.random() < 0.12:
-            path, side = self.random.choice(paths)
-            path = self.arch.case(role).path(path, self.random.randrange(LAYERS))
-            where = {"component": path, "side": side}
-            return {k: v for k, v in where.items() if v != "output"}, role, self.arch.at_path(path, side)
+        if self.random.random() < 0.15:
+            path, side = self._path(role)
+            where = {"component": path} | ({"side": side} if side == "input" else {})
+            return where, role, self.arch.at_path(path, side)
         component = self.random.choice([*self.arch.components(role), "block_output", "block_output"])
         where: dict[str, Any] = {"component": component}
         if component not in ("embedding_output", "final_norm_output"):
@@ -162,6 +162,18 @@ class Graphs:
             where["stack"] = role
         place = self.arch.place(role, where.get("layer"), component, where.get("head"))
         return where, role, place
+
+    def _path(self, role: str) -> tuple[str, str]:
+        """A module that no component names, or one that a component names too."""
+        paths, layer = self.arch.paths.get(role, ()), self.random.randrange(LAYERS)
+        if paths and self.random.random() < 0.6:
+            path, side = self.random.choice(paths)
+            return self.arch.case(role).path(path, layer), side
+        component = self.random.choice(
+            ["block_output", "value_output", "head_output", "attention_output", "mlp_output"]
+        )
+        place = self.arch.place(role, layer, component)
+        return place.modules[0], place.side
 
     def _spec(self, what: tuple[str, dict[str, Any]], linear: bool = False, rule: Any = None) -> Spec:
         where, role, place = self.where(linear)
@@ -269,9 +281,20 @@ class Graphs:
             self.places[name] = place
             head = self.head(read, role, outputs=2 if shift else 1, pool=None)
             head = ("Norm", {}) if self.random.random() < 0.15 else head
-            source = Spec(head, where | {"positions": read, "name": name}, role, source_of=gated.name)
-            return [source, replace(gated, where=gated.where | {"source": name})]
+            source = Spec(head, where | {"positions": read, "name": name}, role)
+            return [
+                source,
+                *(replace(spec, where=spec.where | {"source": name}) for spec in (gated, *self._again(gated))),
+            ]
         return []
+
+    def _again(self, spec: Spec) -> list[Spec]:
+        """The same node once more in the same place, at times."""
+        if self.random.random() < 0.75:
+            return []
+        name = self._name()
+        self.places[name] = self.places[spec.name]
+        return [replace(spec, where=spec.where | {"name": name})]
 
     def _shared(self) -> list[Spec]:
         """Several nodes with one set of parameters, at places of one width."""
@@ -312,10 +335,15 @@ def entering(arch: Arch, place: Place) -> int:
     return arch.at_path(place.modules[0], "input").width
 
 
-def in_order(specs: list[Spec], places: dict[str, Place]) -> list[Spec]:
+def in_order(specs: list[Spec]) -> list[Spec]:
     """The same nodes, each source listed before what reads it: at one site that decides."""
-    late = [spec for spec in specs if "source" in spec.where]
-    return [spec for spec in specs if "source" not in spec.where] + late
+    listed = list(specs)
+    for spec in specs:
+        source = next((other for other in listed if other.name == spec.where.get("source")), None)
+        if source is not None and listed.index(source) > listed.index(spec):
+            listed.remove(source)
+            listed.insert(listed.index(spec), source)
+    return listed
 
 
 # --- graphs that must be refused ----------------------------------------------------------------------------------
@@ -507,6 +535,8 @@ def smaller(case: Case) -> list[Case]:
                 out.append(replace(case, adapters={n: less if n in same else v for n, v in case.adapters.items()}))
     for i in range(len(case.rows) if len(case.rows) > 1 else 0):
         rows = case.rows[:i] + case.rows[i + 1 :]
+        if not any(row.answer < len(row.tokens) for row in rows):
+            continue  # a batch without a label has no loss
         out.append(replace(case, rows=rows, shares=case.shares[:i] + case.shares[i + 1 :]))
     return out
 

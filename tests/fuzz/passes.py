@@ -115,6 +115,8 @@ def _reused(session: Session, adapters: list[list[str]], **call: Any) -> None:
     case, model = session.case, session.model
     if session.arch.seq2seq:
         raise Skipped("two stacks")
+    if session.arch.eager:
+        raise Skipped("eager attention with a window is NaN in float64 where it sees padding alone")
     model.train(not session.has_dropout)
     active = sorted({name for names in adapters for name in names})
     batch = batch_of(case, labels=True) | target_batch(case, targets_of(case, active))

@@ -81,6 +81,11 @@ class Arch:
         return self.head_class is CAUSAL
 
     @property
+    def eager(self) -> bool:
+        """Whether its eager attention has a window."""
+        return self.most < 9
+
+    @property
     def encoder(self) -> bool:
         """Whether it is an encoder alone."""
         return not self.causal and not self.seq2seq
