@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuzz.draw import Case, RowSpec, Spec
-from fuzz.places import ARCHS, Arch
+from fuzz.draw import Case, RowSpec, Spec, labels_of
+from fuzz.places import ARCHS
 from fuzz.reference import Row
 
 NONE = {"classes": -100, "chances": math.nan, "each chance": math.nan, "numbers": math.nan, "each number": math.nan}
@@ -44,6 +44,8 @@ def batch_of(case: Case, labels: bool = False) -> dict[str, Tensor]:
         batch["decoder_attention_mask"] = padded(case, [[1] * len(row.decoder) for row in rows], 0, "decoder")
         if labels:
             batch["labels"] = padded(case, [labels_of(arch, row) for row in rows], -100, "decoder")
+            if case.shifted:
+                del batch["decoder_input_ids"]
     elif labels and arch.causal:
         batch["labels"] = padded(case, [labels_of(arch, row) for row in rows], -100)
     elif labels and arch.name == "bert classifier":
@@ -54,14 +56,6 @@ def batch_of(case: Case, labels: bool = False) -> dict[str, Tensor]:
 def marks_by_mask(case: Case, labels: bool) -> bool:
     """Whether a prompt mask is given: training a language model without labels needs one."""
     return case.marked in ("mask", "both")
-
-
-def labels_of(arch: Arch, row: RowSpec) -> list[int]:
-    """The labels of a row's tokens, or of its decoder's."""
-    if arch.seq2seq:
-        numbers = Random(row.seed)
-        return [-100 if i < row.decoder_answer else numbers.choice(range(3, 40)) for i in range(len(row.decoder))]
-    return [-100] * row.answer + row.tokens[row.answer :]
 
 
 def alone(case: Case, number: int, labels: bool = False) -> Row:

@@ -84,6 +84,7 @@ class Case:
 
     Attributes:
         marked: what says where prompts end: "mask", "labels", "both", or "none".
+        shifted: whether a decoder behind an encoder is fed its labels, one column late.
         wrong: why the graph must be refused; `None`: it must not.
     """
 
@@ -95,6 +96,7 @@ class Case:
     shares: list[str]
     wrong: str | None
     passes: list[str]
+    shifted: bool = False
     seed: int = 0
 
 
@@ -453,7 +455,21 @@ def draw_case(seed: int, number: int) -> Case:
     rows = draw_rows(random, arch)
     marked = random.choice(["mask", "labels", "both", "none"]) if arch.causal else random.choice(["mask", "none"])
     shares = _shares(random, [*adapters], len(rows))
-    return Case(number, arch.name, adapters, rows, marked, shares, wrong, _passes(random, arch, adapters, rows), seed)
+    shifted = arch.seq2seq and random.random() < 0.5
+    if shifted:
+        rows = [replace(row, decoder_answer=0) for row in rows]
+        start = base_of(arch.name).config.decoder_start_token_id
+        rows = [replace(row, decoder=[start, *labels_of(arch, row)[:-1]]) for row in rows]
+    passes = _passes(random, arch, adapters, rows)
+    return Case(number, arch.name, adapters, rows, marked, shares, wrong, passes, shifted, seed)
+
+
+def labels_of(arch: Arch, row: RowSpec) -> list[int]:
+    """The labels of a row's tokens, or of its decoder's."""
+    if arch.seq2seq:
+        numbers = Random(row.seed)
+        return [-100 if i < row.decoder_answer else numbers.choice(IDS) for i in range(len(row.decoder))]
+    return [-100] * row.answer + row.tokens[row.answer :]
 
 
 def _shares(random: Random, adapters: list[str], rows: int) -> list[str]:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuzz import formulas
-from fuzz.batches import alone, inputs_alone, labels_of, targets_of
-from fuzz.draw import Case
+from fuzz.batches import alone, inputs_alone, targets_of
+from fuzz.draw import Case, labels_of
 from fuzz.places import ARCHS, Arch
 from fuzz.reference import Listed, Row, hooked, tokens_of
 

@@ -134,7 +134,9 @@ def trained(session: Session) -> None:
             slopes = torch.autograd.grad(wanted, [x for x in leaves if x.requires_grad], allow_unused=True)
             descend(zip([x for x in leaves if x.requires_grad], slopes, strict=True))
             model.zero_grad()
-            model(**batch).loss.backward()
+            loss = _or_zero(model(**batch).loss)
+            if loss.requires_grad:
+                loss.backward()
             descend((p, p.grad) for p in model.parameters() if p.requires_grad)
     for (adapter, key), p in session.leaves.items():
         for name, tensor in model.base_model.layer.rh_nodes[adapter][key].stored().items():
@@ -435,8 +437,11 @@ def generated(session: Session) -> None:
 
 
 def beams(session: Session) -> None:
-    """Beam search."""
-    _generation(session, session.for_all, {}, num_beams=2)
+    """Beam search; at times with an adapter for every row."""
+    if session.case.number % 2 and len(session.case.adapters) > 1:
+        _generation(session, session.shares, {"adapter_names": session.case.shares}, num_beams=2)
+    else:
+        _generation(session, session.for_all, {}, num_beams=2)
 
 
 def generated_by_row(session: Session) -> None:
