@@ -13,10 +13,10 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
     "relu": lambda z: z * (z > 0),
     "tanh": torch.tanh,
-    "sigmoid": lambda z: 1 / (1 + (-z).exp()),
-    "silu": lambda z: z / (1 + (-z).exp()),
+    "sigmoid": torch.sigmoid,
+    "silu": lambda z: z * torch.sigmoid(z),
     "gelu": lambda z: z / 2 * (1 + torch.erf(z / math.sqrt(2))),
-    "softmax": lambda z: z.exp() / z.exp().sum(-1, keepdim=True),
+    "softmax": lambda z: torch.softmax(z, -1),
 }
 ORTHONORMAL = ("LoReFT", "DiReFT", "ConsReFT", "LobiReFT")
 CONSTANT = ("ConsReFT", "LobiReFT")
