@@ -464,6 +464,8 @@ def read_after(session: Session) -> None:
         new = output.sequences[number, -width:].tolist() if width else []
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         stop = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
+        while stop and new[stop - 1] == config.pad_token_id and config.pad_token_id not in ends:
+            stop -= 1  # padding at the end ends a row too, whoever wrote it
         marked = row.prompt if "prompt_mask" in batch else list(range(len(row.tokens)))
         one = Row({arch.role: marked})
         with torch.no_grad(), hooked(arch, nodes, [one]) as base:
