@@ -44,8 +44,8 @@ class MappingHead(Head):
         bias: whether there is a b.
         dtype: of the parameters and of the computation, such as `torch.bfloat16` or its name; the name is kept.
         activation: "sigmoid", "softmax", "tanh" or another activation of transformers: of the prediction that users
-            see. `mse`, `mae`, `huber`, `quantile` and losses of one's own compare what it gives; the others, and a
-            node with this one as `source`, get what comes before it.
+            see. `mse`, `mse_of_each`, `mae`, `huber`, `quantile` and losses of one's own compare what it gives; the
+            others, and a node with this one as `source`, get what comes before it.
         pool: makes one prediction per row, from the "mean" of the hidden states of the selected tokens, or
             from Σᵢ aᵢhᵢ with a = softmax(q·hᵢ/√width), q learnt from 0, the mean ("attention").
         ignore_index: an integer target that stands for none. For floats NaN does.

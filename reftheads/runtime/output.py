@@ -166,7 +166,7 @@ def _fields(readings: dict[str, Reading], targets: dict[str, Tensor]) -> dict[st
 
 def or_zero_without_labels(output: Any, labels: Tensor) -> Any:
     """Return a model's output, with a loss of 0 instead of NaN where no label is a target."""
-    loss = output.get("loss") if isinstance(output, ModelOutput) else None
+    loss = _values(output).get("loss") if is_dataclass(output) or isinstance(output, Mapping) else None
     return replaced(output, loss=or_zero(loss, labels)) if isinstance(loss, Tensor) else output
 
 
