@@ -70,6 +70,8 @@ def build(species: Species, dtype: torch.dtype = torch.float64) -> Any:
     model = auto.from_config(config)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped products know no float64
+    if config.is_encoder_decoder and getattr(model, "generation_config", None) is not None:
+        model.generation_config.decoder_start_token_id = 2
     model = model.to(dtype).eval()
     torch.manual_seed(1)
     for parameter in model.parameters():

@@ -5,11 +5,9 @@ from torch import Tensor, nn
 
 import reftheads as rh
 from census.examining import Exam, Nothing, Stack, Wrong, distance
-from census.tracing import Place, Trace, by_hand, flat, same, trace
-from reftheads.graph.site import BLOCK_COMPONENTS
+from census.tracing import Place, Trace, flat, same
 
-PARTS = ("query_output", "key_output", "value_output", "head_output")
-MIDDLE = 5
+MIDDLE = 2
 """The token that is edited where one is."""
 
 
@@ -59,14 +57,20 @@ class Components:
 
     def edited(self, component: str, layer: int | None, vector: Tensor, **options) -> Tensor:
         """Return the logits with a vector added at a component by the library."""
-        model = self.exam.model(self.node(rh.Steering(vector.float()), component, layer, name="add", **options))
+        try:
+            model = self.exam.model(self.node(rh.Steering(vector.float()), component, layer, name="add", **options))
+        except ValueError as error:
+            if "must have shape" not in str(error):
+                raise
+            raise Wrong(f"{component}[{layer}] is {len(vector)} wide, and the library says: {error}") from None
         return self.exam.output(model)
 
     def adds(self, component: str, layer: int | None, places: list[Place]) -> None:
         """Check that adding a vector at a component is adding it by hand at all of some places."""
         if not places:
             raise Wrong(f"no module takes or gives what is read at {component}[{layer}]")
-        vector = self.exam.vector(self.read(component, layer).shape[-1])
+        read = self.read(component, layer)
+        vector = self.exam.vector(read.shape[-1], size_of(read))
         by = [(place, lambda h: h + vector.to(h)) for place in places]
         expected = self.exam.hand(by)
         if distance(expected, self.exam.output(self.exam.base)) < 1e-4 and component != "key_output":
@@ -139,6 +143,8 @@ class Components:
                 continue
             seen += 1
             parts = [flat(self.entering(layer)), flat(attention), flat(mlp)]
+            if len({part.shape for part in parts}) > 1:
+                raise Wrong(f"what is read in block {layer} has shapes {[tuple(part.shape) for part in parts]}")
             if not self._adds_up(layer, parts):
                 raise Wrong(f"block_input, attention_output and mlp_output do not make up block_output[{layer}]")
             for component, value in (("attention_output", attention), ("mlp_output", mlp)):
@@ -204,9 +210,16 @@ class Components:
         return pairs
 
     def _candidates(self, layer: int, like: Tensor) -> list[Tensor]:
-        """Return what modules in a block give that could be added too, as a cross-attention's output is."""
+        """Return what modules in a block give that could be added too, as a cross-attention's output is.
+
+        What reads the MLP's input belongs to the MLP.
+        """
         record, block = self.exam.record, self.stack.chain.blocks[layer]
+        read = self.known("mlp_input", layer)
+        mlp = [] if read is None else [p.path for p in record.places(read, block) if p.side == "input"]
+        mlp = [path for path in mlp if path != block]
         outs = (s for s in record.seen if s.place.side == "output" and s.place.path.startswith(f"{block}."))
+        outs = (s for s in outs if not any(_inside(s.place.path, path) for path in mlp))
         found: list[Tensor] = []
         for s in outs:
             value = flat(s.value)
@@ -223,7 +236,7 @@ class Components:
             block = self.stack.chain.blocks[layer]
             inside = self._attention(layer)
             places = self.exam.record.places(read, inside or block)
-            leaves = [p for p in places if p.side == "input" and self._leaf(p.path)]
+            leaves = [p for p in places if p.side == "input" and self._projects(p.path)]
             if not leaves:
                 leaves = [p for p in places if p.side == "input"][-1:]
             self.adds("attention_input", layer, leaves)
@@ -231,6 +244,10 @@ class Components:
     def _leaf(self, path: str) -> bool:
         """Return whether a module has none inside."""
         return not list(self.exam.base.get_submodule(path).children())
+
+    def _projects(self, path: str) -> bool:
+        """Return whether a module has weights of its own and no parts."""
+        return self._leaf(path) and next(self.exam.base.get_submodule(path).parameters(), None) is not None
 
     def _attention(self, layer: int) -> str:
         """Return the smallest module in a block in which queries, keys and values, or heads, arise."""
@@ -312,7 +329,8 @@ class Components:
             for component in ("query_output", "key_output", "value_output"):
                 if self.known(component, layer) is None:
                     continue
-                once, twice = (self.heads_after(layer, component, size) for size in (1.0, 2.0))
+                size = size_of(self.read(component, layer))
+                once, twice = (self.heads_after(layer, component, factor * size) for factor in (1, 2))
                 moved = (once - before).abs().amax(-1) > 1e-9 * before.abs().max()
                 alone = torch.zeros_like(moved)
                 alone[MIDDLE] = True
@@ -362,9 +380,19 @@ class Components:
             attention = self._attention(layer)
             places = [p for p in self.exam.record.places(read, block) if p.side == "input" and p.path != block]
             outside = [p for p in places if not attention or attention == block or not _inside(p.path, attention)]
-            whole = [p for p in outside if not any(_inside(p.path, o.path) and p != o for o in outside)]
-            whole = [p for p in whole if "norm" not in type(self.exam.base.get_submodule(p.path)).__name__.lower()]
-            self.adds("mlp_input", layer, whole)
+            leaves = [p for p in outside if self._projects(p.path) and not self._norm(p.path)]
+            try:
+                self.adds("mlp_input", layer, leaves)
+            except Wrong:
+                added = self.known("mlp_output", layer)
+                gives = self.exam.record.places(added, block) if added is not None else []
+                whole = [p for p in outside if p.path in {g.path for g in gives if g.side == "output"}]
+                if not whole:  # something in it reads its input without a module
+                    raise
+                self.adds("mlp_input", layer, whole[:1])
+
+    def _norm(self, path: str) -> bool:
+        return "norm" in type(self.exam.base.get_submodule(path)).__name__.lower()
 
     def mlp_activation(self) -> None:
         """Check `mlp_activation`: what enters the last projection, whose output is what is added."""
@@ -405,6 +433,11 @@ class Components:
         bias = next((w for w in weights.values() if w.ndim == 1), torch.zeros(3))
         expected = nn.functional.linear(flat(self.leaving(layer)).to(weight), weight, bias.to(weight))
         self.exam.equal(got, expected.detach(), "what a head reads", 100)
+
+
+def size_of(h: Tensor) -> float:
+    """Return how large the features of a tensor are, or 1 if that is more."""
+    return max(1.0, float(h.double().std()))
 
 
 def _value(record: Trace, place: Place) -> Tensor:
@@ -464,5 +497,3 @@ COMPONENT_CHECKS = {
     "mlp_activation": Components.mlp_activation,
     "a head reads": Components.head_reads,
 }
-assert set(BLOCK_COMPONENTS)
-__all__ = ["COMPONENT_CHECKS", "Components", "by_hand", "trace"]
