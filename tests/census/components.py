@@ -143,6 +143,8 @@ class Components:
                 continue
             seen += 1
             parts = [flat(self.entering(layer)), flat(attention), flat(mlp)]
+            if parts[0].shape[0] > parts[1].shape[0] == parts[2].shape[0]:
+                raise Nothing("the residual stream has several parts")
             if len({part.shape for part in parts}) > 1:
                 raise Wrong(f"what is read in block {layer} has shapes {[tuple(part.shape) for part in parts]}")
             if not self._adds_up(layer, parts):
@@ -237,6 +239,8 @@ class Components:
             inside = self._attention(layer)
             places = self.exam.record.places(read, inside or block)
             leaves = [p for p in places if p.side == "input" and self._projects(p.path)]
+            if inside in ("", block):
+                leaves = [p for p in leaves if "attn" in p.path or "attention" in p.path]
             if not leaves:
                 leaves = [p for p in places if p.side == "input"][-1:]
             self.adds("attention_input", layer, leaves)
@@ -341,11 +345,16 @@ class Components:
                 if component != "query_output" and not (moved & ~alone).any():
                     raise Wrong(f"{component}[{layer}] of one token moves no head of another")
                 straight = distance(twice - before, 2 * (once - before)) < self.exam.subject.exact * 10
-                if component == "value_output" and not straight:
+                if component == "value_output" and not straight and not self._named_value(layer):
                     raise Wrong(f"heads are not linear in value_output[{layer}]")
                 if component != "value_output" and straight:
                     raise Wrong(f"heads are linear in {component}[{layer}]")
                 self._one_head(layer, component, before)
+
+    def _named_value(self, layer: int) -> bool:
+        """Return whether values come from a projection of that name: a norm of the heads then may follow."""
+        places = self._columns(self.read("value_output", layer), self.stack.chain.blocks[layer])
+        return any(p.path.rpartition(".")[2].startswith("v") for p in places)
 
     def _one_head(self, layer: int, component: str, before: Tensor) -> None:
         """Check that a head's queries, keys or values move the columns of that head, or of its group, alone."""
@@ -354,9 +363,8 @@ class Components:
         except ValueError:  # it has one head, or none that could be told apart
             return
         moved = [((h - before).abs().amax(0) > 1e-9 * before.abs().max()) for h in (first, second)]
-        if component != "value_output" and bool((moved[0] & moved[1]).any()):
-            if moved[0].all() and moved[1].all():  # a norm over all heads
-                return
+        if moved[0].all() and moved[1].all():  # a norm over all heads, or a mask that is made from all values
+            return
         if not moved[0].any() or bool((moved[0] & moved[1]).any()):
             raise Wrong(f"a head of {component}[{layer}] moves columns of another")
         columns = moved[0].nonzero().flatten()
@@ -385,8 +393,7 @@ class Components:
                 self.adds("mlp_input", layer, leaves)
             except Wrong:
                 added = self.known("mlp_output", layer)
-                gives = self.exam.record.places(added, block) if added is not None else []
-                whole = [p for p in outside if p.path in {g.path for g in gives if g.side == "output"}]
+                whole = [p for p in outside if added is not None and self._leads_to(p, added)]
                 if not whole:  # something in it reads its input without a module
                     raise
                 self.adds("mlp_input", layer, whole[:1])
@@ -409,7 +416,10 @@ class Components:
 
     def _leads_to(self, place: Place, value: Tensor) -> bool:
         """Return whether a projection gives a value, or a norm or scale of its output does."""
-        out = self.exam.record.values(place.path, "output")[-1]
+        outs = self.exam.record.values(place.path, "output")
+        if not outs:
+            return False
+        out = outs[0]
         if same(out, value):
             return True
         places = self.exam.record.places(out)
