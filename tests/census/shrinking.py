@@ -156,7 +156,8 @@ TYPES: dict[str, dict[str, Any]] = {
     "gemma3n_text": _SHARED_KV,
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": LAYERS}},
-    "gemma4_unified_text": _SHARED_KV,
+    "gemma4_text": {"global_head_dim": 16},
+    "gemma4_unified_text": _SHARED_KV | {"global_head_dim": 16},
     "glm5_next_text": _NO_RANKS,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
     "granite4_vision": {
@@ -164,6 +165,7 @@ TYPES: dict[str, dict[str, Any]] = {
         "spatial_target_layers": [1, 2],
         "downsample_rate": "1/2",
     },
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "hiera": {
         "embed_dim": 16,
         "image_size": (32, 32),
