@@ -176,6 +176,12 @@ class Components:
 
     def _adds_up(self, layer: int, parts: list[Tensor]) -> bool:
         """Return whether a block's output is made of its input and what its sublayers add, with norms after or not."""
+        entering = parts[0]
+        starts = [out for into, out in self._through(layer) if _close(into, entering)]  # the stream is normed at once
+        return any(self._made_of(layer, [start, *parts[1:]]) for start in [entering, *starts])
+
+    def _made_of(self, layer: int, parts: list[Tensor]) -> bool:
+        """Return the same where the residual stream begins with the first of the parts."""
         entering, attention, mlp = parts
         leaving = flat(self.leaving(layer))
         if combines(leaving, parts):
@@ -395,7 +401,8 @@ class Components:
                 self.adds("mlp_input", layer, leaves)
             except Wrong:
                 added = self.known("mlp_output", layer)
-                whole = [p for p in outside if added is not None and self._leads_to(p, added)]
+                whole = [p for p in outside if added is None or self._leads_to(p, added)]
+                whole = [p for p in whole if not self._norm(p.path)]
                 if not whole:  # something in it reads its input without a module
                     raise
                 self.adds("mlp_input", layer, whole[:1])
