@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quick fuzz check format bench docs pictures clean
+.PHONY: demo test quick fuzz census check format bench docs pictures clean
 
 # torch first and alone: a range would take the newest build, which brings gigabytes of CUDA packages
 .venv/base: constraints.txt
@@ -34,6 +34,10 @@ quick: .venv/dev
 # many random graphs against hooks by hand; docs/reliability.md says what is compared
 fuzz: .venv/dev
 	$(BIN)/python -m tests.fuzz --graphs 2000
+
+# every model type of transformers: about an hour on two cores; it goes on where it was stopped
+census: .venv/dev
+	OMP_NUM_THREADS=1 PYTHONPATH=tests:. $(BIN)/python -m census
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -116,7 +116,7 @@ def _mask_and_ids(
         ids = tokens
     if shown is None and mask is not None and not _is_flat(mask):
         return None, ids
-    if _is_flat(shown) and not _is_flat(mask):
+    if isinstance(shown, Tensor) and shown.ndim == 2 and not _is_flat(mask):
         columns = shape[1] + past if isinstance(past, int) else shown.shape[1]
         return (shown if tuple(shown.shape) == (shape[0], columns) else mask), ids
     return mask, ids

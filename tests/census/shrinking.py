@@ -91,6 +91,9 @@ _all((10, 3, 3), "conv_kernel")
 _all(1, "first_k_dense_replace num_dense_layers num_nextn_predict_layers decoder_sparse_step encoder_sparse_step")
 _all(3, "depthwise_conv_kernel conv_depthwise_kernel_size conv_kernel_size")
 
+_NEEDED = ("num_experts_per_tok",)
+"""Fields without a default that a model needs all the same."""
+
 SPECIAL = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 2, "sep": 3, "cls": 4, "mask": 5, "unk": 6}
 _SUFFIXES = ("_token_id", "_token_index", "_id", "_index")
 
@@ -108,7 +111,10 @@ _FOUR_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
 _STAGES = {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16, "window_size": 2, "patch_size": 2}
 
 TYPES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_group_size": 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {
+        "use_cache": False,
         "encoder_hash_byte_group_vocab": 50,
         "encoder_hash_byte_group_size": [2, 3],
         "vocab_size": VOCAB,
@@ -124,9 +130,12 @@ TYPES: dict[str, dict[str, Any]] = {
     },
     "cosmos3_edge_text": _FOUR_SECTIONS,
     "cvt": {"embed_dim": (16, 32), "num_heads": (2, 4), "depth": (1, 2), "patch_sizes": (3, 3)},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 24}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 24}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * 3},
+    "diffusion_gemma_text": {"num_experts": 4, "moe_intermediate_size": 24, "top_k_experts": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dots3_note_vision_encoder": {"pyramid_num_routed": [-1, -1, 2, 4], "adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},
+    "dots3_note_audio_encoder": {"adapter_input_size": WIDTH},
     "dots3_note_text": _NO_RANKS | _DOTS3,
     "emu3": {"vocabulary_map": {"<image>": VOCAB - 1, "<|extra_200|>": VOCAB - 2, "<|visual token 000000|>": VOCAB - 3}},
     "esm": {"vocab_size": VOCAB, "mask_token_id": 5},
@@ -150,14 +159,17 @@ TYPES: dict[str, dict[str, Any]] = {
     "gemma3n_text": _SHARED_KV,
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": LAYERS}},
-    "gemma4_unified_text": _SHARED_KV,
-    "glm5_next_text": _NO_RANKS,
+    "gemma4_text": {"global_head_dim": 16},
+    "gemma4_unified_text": _SHARED_KV | {"global_head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "glm5_next_text": _NO_RANKS | {"qk_rope_head_dim": 0},
     "granite4_vision": {
+        "vision_config": {"hidden_size": 64},
         "deepstack_layer_map": [(-2, 0)],
         "spatial_target_layers": [1, 2],
         "downsample_rate": "1/2",
     },
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "hiera": {
         "embed_dim": 16,
         "image_size": (32, 32),
@@ -168,8 +180,12 @@ TYPES: dict[str, dict[str, Any]] = {
     },
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
-    "hunyuan_vl_text": {"head_dim": 8},
+    "hunyuan_vl_text": {
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1, 1]},
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "levit": {
         "hidden_sizes": (16, 32),
         "num_attention_heads": (2, 4),
@@ -255,6 +271,10 @@ def shrunk(cls: type[PretrainedConfig], model_type: str) -> dict[str, Any]:
             fields[name] = SIZES[name]
         elif "drop" in name and isinstance(parameter.default, float):
             fields[name] = 0.0
+        elif name in _NEEDED and parameter.default is None:
+            fields[name] = SIZES[name]
+    if "kv_lora_rank" in names:  # latent attention: keys and values are made for every head
+        fields |= {name: HEADS for name in fields if name == "num_key_value_heads"}
     specs = getattr(cls, "sub_configs_defaults", {}) or {}
     for name, spec in specs.items():
         part = spec.config_class if spec.config_class.__name__ != "AutoConfig" else CONFIG_MAPPING[spec.model_type]

@@ -1,0 +1,55 @@
+"""Thirty types of the census, as different as they are; `make census` examines all."""
+
+import pytest
+
+from census.building import Species
+from census.examining import CRASH, REFUSED, RIGHT, WRONG
+from census.running import examine
+
+_NO_NORM = {"final_norm_output"}
+_EXPERTS = {"mlp_activation"}
+QUICK: dict[str, set[str]] = {
+    "causal/llama": set(),
+    "causal/gpt2": set(),
+    "causal/gpt_neox": set(),
+    "causal/falcon": set(),
+    "causal/bloom": set(),
+    "causal/opt": set(),
+    "causal/gptj": set(),
+    "causal/gemma2": set(),
+    "causal/olmo2": set(),
+    "causal/phi3": set(),
+    "causal/qwen3": set(),
+    "causal/mixtral": _EXPERTS,
+    "causal/gpt_oss": _EXPERTS,
+    "causal/deepseek_v3": set(),
+    "causal/qwen3_next": set(),
+    "causal/mamba": set(),
+    "causal/gpt_bigcode": set(),
+    "causal/granitemoeshared": set(),
+    "causal/bart": _NO_NORM,
+    "causal/roberta": _NO_NORM,
+    "causal/xlm": set(),
+    "encoder/bert": _NO_NORM,
+    "encoder/modernbert": set(),
+    "encoder/deberta-v2": _NO_NORM,
+    "encoder/longformer": _NO_NORM,
+    "encoder/nomic_bert": _NO_NORM,
+    "encoder-decoder/t5": set(),
+    "encoder-decoder/marian": {"encoder: final_norm_output", "decoder: final_norm_output"},
+    "vision/vit": set(),
+    "multimodal/llava": set(),
+}
+"""Entry of the census -> what is refused, which is all that may be; the rest is right or has no meaning there."""
+
+
+@pytest.mark.parametrize("entry", QUICK)
+def test_a_type_is_right_or_refuses_what_it_says(entry: str) -> None:
+    row = examine(Species(*entry.split("/")))
+    assert row["unbuilt"] is None, row["unbuilt"]
+    checks = row["checks"]
+    bad = {name: text for name, (word, text) in checks.items() if word in (WRONG, CRASH)}
+    assert not bad, bad
+    refused = {name: text for name, (word, text) in checks.items() if word == REFUSED}
+    assert refused.keys() <= QUICK[entry], refused
+    assert any(word == RIGHT for word, _ in checks.values()) or QUICK[entry]
