@@ -13,7 +13,7 @@ edits. The module itself knows nothing of any call; see `scope`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from reftheads.architectures.structure import StackInfo, arguments
 from reftheads.runtime.acting import touch
-from reftheads.runtime.checkpointing import KeepCall
+from reftheads.runtime.checkpointing import keep_calls, keep_no_calls
 from reftheads.runtime.frame import BaseKind, frame_of
 from reftheads.runtime.hooks import Around, attach, refuse_lost, take_places_again
 from reftheads.runtime.lineage import PREPARED, Generation
@@ -105,10 +105,7 @@ class Interventions(nn.Module, BaseTunerLayer):
             hold.remove()
         self.holds.clear()
         self.plans.clear()
-        for module in (m for modules in self._checkpointing.values() for m in modules):
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if isinstance(function, KeepCall):
-                module._gradient_checkpointing_func = function.checkpoint  # type: ignore[assignment]
+        keep_no_calls(module for modules in self._checkpointing.values() for module in modules)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         for key, node in self.rh_nodes[adapter_name].items():  # type: ignore[operator]
@@ -176,7 +173,8 @@ class Interventions(nn.Module, BaseTunerLayer):
         prompt_mask = targets.pop("prompt_mask", None)
         call = self.new_call(labels=inputs.get("labels"), prompt_mask=prompt_mask, targets=targets, inputs=inputs)
         if call.generation is not None:
-            call.continues = call.generation.main if prepared else self._continued(call, inputs)
+            going_on = call.generation.main if prepared else None
+            call.continues = going_on or call.generation.continued_by(self.kind.seq2seq, inputs, prompt_mask)
         with call:
             call.handed |= {} if run is None else {run.stack: run}
             output = forward(*args, **kwargs)
@@ -184,13 +182,6 @@ class Interventions(nn.Module, BaseTunerLayer):
             return extend(output, by_name(call.readings), call.targets, call.labels)
         judged = isinstance(call.labels, Tensor) and not call.disabled
         return or_zero_without_labels(output, call.labels) if judged else output  # type: ignore[arg-type]
-
-    def _continued(self, call: Call, inputs: Mapping[str, Any]) -> Prompt:
-        """Return the prompt that a call within `generate` continues which is none of its own next steps."""
-        assert call.generation is not None
-        if self.kind.seq2seq:  # its prompt mask is the encoder's
-            return call.generation.of_decoder(inputs)
-        return call.generation.prompt_of(inputs, call.prompt_mask)
 
     # --- a call of a stack --------------------------------------------------------------------------------
 
@@ -225,7 +216,11 @@ class Interventions(nn.Module, BaseTunerLayer):
 
     def _new_run(self, stack: StackInfo, call: Call, args: tuple, kwargs: dict[str, Any]) -> Run | None:
         cache = kwargs.get("past_key_values")
-        if self._behind_prompts(stack, call, cache):
+        if (
+            stack.causal
+            and _behind_prompts(call, cache)
+            and all(plan.only_prompts(stack.path) for plan in self.plans.values())
+        ):
             return None
         nodes = [] if call.disabled else list(nodes_of(self, stack.path, call))
         known = call.generation is not None and stack.causal and not torch.compiler.is_compiling()
@@ -237,22 +232,11 @@ class Interventions(nn.Module, BaseTunerLayer):
         shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
         frame = frame_of(self.kind, stack, call, inputs, shape, [p.node.positions for _, p, _ in nodes])
         acting = by_place(acting_on(self, nodes, call, tokens))
-        for block in self._checkpointing[stack.path]:
-            checkpoint = getattr(block, "_gradient_checkpointing_func", None)
-            if block.gradient_checkpointing and checkpoint is not None and not isinstance(checkpoint, KeepCall):
-                block._gradient_checkpointing_func = KeepCall(self, checkpoint)  # type: ignore[assignment]
+        keep_calls(self, self._checkpointing[stack.path])
         run = Run(stack.path, frame, acting, shape, call.continues)
         if known and call.generation is not None:
             refuse_other_edits(run, cache, call.generation.ids if call.continues is call.generation.main else None)
         return run if nodes else None
-
-    def _behind_prompts(self, stack: StackInfo, call: Call, cache: Any) -> bool:
-        """Return whether this is a step of `generate` that no node can act in, as most steps of most graphs are."""
-        if call.continues is None or call.continues.prompt is None or cache is None or not stack.causal:
-            return False
-        past = cache.get_seq_length()
-        behind = isinstance(past, int) and past >= call.continues.prompt.shape[1]
-        return behind and all(plan.only_prompts(stack.path) for plan in self.plans.values())
 
     # --- a call of a module -------------------------------------------------------------------------------
 
@@ -290,9 +274,7 @@ class Interventions(nn.Module, BaseTunerLayer):
             raise ValueError(f"unknown adapter {unknown[0]!r} in adapter_names: there are {', '.join(self.plans)}")
         take_places_again(self.holds.values())
         names = tuple(adapter_names) if adapter_names else None
-        if (
-            scope_of(self).adapters is not None
-        ):  # a call of its own, made while generate runs: by a logits processor, say
+        if scope_of(self).adapters is not None:  # a call of its own, while generate runs: by a logits processor, say
             return entering(self, adapters=None, generation=None, adapter_names=names)
         return entering(self, adapter_names=names) if names else nullcontext()
 
@@ -313,6 +295,14 @@ class Interventions(nn.Module, BaseTunerLayer):
     def generating(self, real: Tensor, prompt: Tensor) -> AbstractContextManager:
         """Within, passes marked as `PREPARED` continue this input: Bool[rows columns] each, tokens and the prompt's."""
         return self.holding(Generation(Prompt(real, prompt)))
+
+
+def _behind_prompts(call: Call, cache: Any) -> bool:
+    """Return whether a pass of `generate` lies behind all prompts, as most steps do."""
+    if call.continues is None or call.continues.prompt is None or cache is None:
+        return False
+    past = cache.get_seq_length()
+    return isinstance(past, int) and past >= call.continues.prompt.shape[1]
 
 
 def _named(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:
