@@ -172,7 +172,8 @@ class Interventions(nn.Module, BaseTunerLayer):
         kwargs = {name: value for name, value in kwargs.items() if name not in ours} if ours else kwargs
         run, prepared = kwargs.pop(RUN, None), kwargs.pop(PREPARED, False)
         inputs = _named(self._argument_names[None], args) | kwargs
-        call = self.new_call(labels=inputs.get("labels"), prompt_mask=targets.pop("prompt_mask", None), targets=targets)
+        what = {name: inputs.get(name) for name in ("labels", "input_ids", "attention_mask")}
+        call = self.new_call(prompt_mask=targets.pop("prompt_mask", None), targets=targets, **what)
         if call.generation is not None:
             call.continues = call.generation.main if prepared else self._continued(call, inputs)
         with call:

@@ -153,6 +153,7 @@ class Call:
         generation: what `generate` started from, if the call is made within it.
         continues: the prompt that it continues then.
         labels, prompt_mask, targets: what it was given that concerns the graph.
+        input_ids, attention_mask: what the base model was given.
         handed: runs of stacks that were made beforehand, by path.
         runs: of the stacks that are running, by path.
         readings: what has been read so far.
@@ -169,6 +170,8 @@ class Call:
     labels: Int[Tensor, "rows ..."] | None = None
     prompt_mask: Bool[Tensor, "rows columns"] | None = None
     targets: dict[str, Shaped[Tensor, "rows ..."]] = field(default_factory=dict)
+    input_ids: Int[Tensor, "rows columns"] | None = None
+    attention_mask: Any = None
     handed: dict[str, Run] = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
     readings: dict[NodeKey, Reading] = field(default_factory=dict)
