@@ -17,9 +17,10 @@ Parts = Mapping[str, frozenset[Side]]
 
 def parts_of(model: nn.Module) -> Parts:
     """Return the linear modules of a model that tensor parallelism has spread over processes."""
-    fully = [path for path, module in model.named_modules() if isinstance(module, FSDPModule)]
+    modules = list(model.named_modules())
+    fully = [path for path, module in modules if isinstance(module, FSDPModule)]
     parts: dict[str, frozenset[Side]] = {}
-    for path, module in model.named_modules():
+    for path, module in modules:
         if not hasattr(module, "in_features"):
             continue
         sides = _sides(module, any(within(path, ancestor) for ancestor in fully))
