@@ -1,0 +1,245 @@
+"""Tiny random models of every type, and batches for them."""
+
+import gc
+import inspect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto as mappings
+
+from census.shrinking import WORDS, parts, tiny
+
+GROUPS = {
+    "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    "encoder": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    "classifier": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
+    "encoder-decoder": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+    "vision": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
+    "multimodal": ("AutoModelForMultimodalLM", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
+    "speech": ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
+    "audio": ("AutoModelForAudioClassification", "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES"),
+}
+"""Group of the census -> the class that builds its models, and the table of transformers with its types."""
+
+ROWS = (12, 9)
+"""Tokens of the rows of a ragged batch; padding is shorter than any window."""
+PROMPTS = (8, 6)
+"""Tokens of the prompt of each row, where the rest is the answer."""
+
+
+@dataclass(frozen=True)
+class Species:
+    """Name one entry of the census: a group and a model type of it."""
+
+    group: str
+    model_type: str
+
+    def __str__(self) -> str:
+        return f"{self.group}/{self.model_type}"
+
+
+def everything() -> list[Species]:
+    """Return all entries of the census; a type is in the first group that lists it, but for the causal forms of encoders."""
+    entries: list[Species] = []
+    pairs = getattr(mappings, GROUPS["encoder-decoder"][1])
+    for group, (_, table) in GROUPS.items():
+        names = list(getattr(mappings, table))
+        if group in ("encoder", "encoder-decoder"):  # what also has a causal form is another model there
+            known = {entry.model_type for entry in entries if entry.group != "causal"}
+        else:
+            known = {entry.model_type for entry in entries}
+        if group in ("encoder", "classifier"):
+            known |= pairs.keys()
+        entries += [Species(group, name) for name in names if name not in known]
+    return entries
+
+
+def build(species: Species, dtype: torch.dtype = torch.float64) -> Any:
+    """Return a tiny model with random weights that no zero or one hides anything in, in eval mode.
+
+    Raises:
+        Exception: whatever transformers says of a type that cannot be built.
+    """
+    auto = getattr(tf, GROUPS[species.group][0])
+    config = configuration(species)
+    torch.manual_seed(0)
+    model = auto.from_config(config)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped products know no float64
+    model = model.to(dtype).eval()
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    gc.collect()
+    return model
+
+
+def configuration(species: Species) -> Any:
+    """Return the tiny configuration of an entry."""
+    config = tiny(species.model_type)
+    if species.group == "causal" and hasattr(config, "is_decoder") and not config.is_encoder_decoder:
+        config.is_decoder = True
+    return config
+
+
+@dataclass
+class Subject:
+    """A model under examination, and how batches of it are made.
+
+    Attributes:
+        extra: what a row is given beside its tokens: [1 …] tensors, such as pixels or the decoder's tokens.
+        ids: the name of the tokens' argument; None where a model has none.
+        positions: whether its forward takes `position_ids` that count each row's tokens.
+    """
+
+    species: Species
+    model: Any
+    dtype: torch.dtype
+    extra: dict[str, Tensor]
+    ids: str | None
+    positions: bool
+
+    @property
+    def exact(self) -> float:
+        """Return how far apart two ways to one result may lie, in relation to it."""
+        return 1e-6 if self.dtype == torch.float64 else 2e-3
+
+    def batch(self, rows: list[list[int]], side: str = "right") -> dict[str, Tensor]:
+        """Return a batch of rows that are padded on one side, without a mask if none is."""
+        made = {name: value.expand(len(rows), *value.shape[1:]).clone() for name, value in self.extra.items()}
+        if self.ids is None:
+            return made
+        text = padded(rows, side, pad_id(self.model))
+        if self.ids != "input_ids":
+            return made | {self.ids: text["input_ids"], "decoder_attention_mask": text["attention_mask"]}
+        if self.positions:
+            text["position_ids"] = (text["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        return made | text
+
+
+def subject(species: Species) -> Subject:
+    """Return a model with the inputs that its forward runs with, in float64 if it can.
+
+    Raises:
+        RuntimeError: with the reason, where no inputs are known with which it runs.
+    """
+    reason = ""
+    for dtype in (torch.float64, torch.float32):
+        model = build(species, dtype)
+        for ids, extra in _inputs(model, species, dtype):
+            made = Subject(species, model, dtype, extra, ids, False)
+            try:
+                _try(made)
+            except Exception as error:  # the next kind of input may do
+                reason = reason or f"{type(error).__name__}: {error}"
+                continue
+            return replace(made, positions=_counts_positions(made))
+    raise RuntimeError(f"no inputs known with which it runs; {reason}")
+
+
+def _try(made: Subject) -> None:
+    """Raise an error where a model does not run with these inputs, or gives what is no number."""
+    with torch.no_grad():
+        out = made.model(**made.batch(words((12, 12))))
+    logits = first_tensor(out)
+    if not torch.isfinite(logits).all():
+        raise RuntimeError("it gives infinities or NaN")
+
+
+def first_tensor(out: Any) -> Tensor:
+    """Return the logits of an output, or the first tensor in it."""
+    if isinstance(getattr(out, "logits", None), Tensor):
+        return out.logits
+    values = out.values() if hasattr(out, "values") else out
+    return next(v for v in values if isinstance(v, Tensor) and v.is_floating_point())
+
+
+def _counts_positions(made: Subject) -> bool:
+    """Return whether a model takes `position_ids` of two dimensions, and gives the same with those that it makes."""
+    if made.ids != "input_ids" or "position_ids" not in inspect.signature(made.model.forward).parameters:
+        return False
+    batch = made.batch(words((12, 12)))
+    try:
+        with torch.no_grad():
+            plain = first_tensor(made.model(**batch))
+            counted = first_tensor(made.model(**batch, position_ids=torch.arange(12).expand(2, -1)))
+    except Exception:  # it takes other ones
+        return False
+    return plain.shape == counted.shape and torch.allclose(plain, counted, rtol=1e-5, atol=1e-6)
+
+
+def _inputs(model: Any, species: Species, dtype: torch.dtype) -> Iterator[tuple[str | None, dict[str, Tensor]]]:
+    """Yield kinds of inputs to try: the tokens' argument, and what goes beside it, the simplest first."""
+    random = torch.Generator().manual_seed(3)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, generator=random, dtype=torch.float64).to(dtype)
+
+    answer = torch.tensor(words((6,), seed=5))
+    config = model.config
+    sizes = {
+        size
+        for part in parts(config)
+        for size in [getattr(part, "image_size", None)]
+        for size in [size[0] if isinstance(size, list | tuple) and size else size]
+        if isinstance(size, int)
+    }
+    pixels = [noise(3, size, size) for size in sorted(sizes | {16, 32, 64})]
+    if species.group == "vision":
+        yield from ((None, {"pixel_values": p}) for p in pixels)
+        yield "input_ids", {}  # ImageGPT takes tokens
+        return
+    if species.group not in ("audio", "speech"):
+        if config.is_encoder_decoder:
+            yield "input_ids", {"decoder_input_ids": answer}
+        yield "input_ids", {}
+        yield from (("input_ids", {"pixel_values": p}) for p in pixels)
+        yield from (("input_ids", {"pixel_values": p, "decoder_input_ids": answer}) for p in pixels)
+        yield from (("input_ids", {"pixel_values": p[:, None], "decoder_input_ids": answer}) for p in pixels)
+        yield from (("input_ids", {"pixel_values": p[:, None]}) for p in pixels)
+        yield from (("decoder_input_ids", {"pixel_values": p}) for p in pixels)
+        yield "decoder_input_ids", {"flattened_patches": noise(8, 2 + 3 * 16)}
+    bands = {
+        value
+        for part in parts(config)
+        for name in ("num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim", "n_mels")
+        for value in [getattr(part, name, None)]
+        if isinstance(value, int)
+    }
+    sounds = {"input_values": [noise(2000), noise(128, 64)], "input_features": []}
+    for band in sorted(bands | {64, 80, 128}):
+        sounds["input_features"] += [noise(band, 256), noise(256, band), noise(64, band)]
+    for name, values in sounds.items():
+        for value in values:
+            yield "decoder_input_ids", {name: value}
+            yield None, {name: value}
+
+
+def words(rows: Iterable[int] = ROWS, seed: int = 0) -> list[list[int]]:
+    """Return rows of ids of ordinary tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(*WORDS, (n,), generator=generator).tolist() for n in rows]
+
+
+def padded(rows: list[list[int]], side: str, pad: int = 0) -> dict[str, Tensor]:
+    """Return `input_ids` and `attention_mask` of rows that are padded on one side."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        there = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[i, there] = torch.tensor(row)
+        mask[i, there] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def pad_id(model: nn.Module) -> int:
+    """Return what padding consists of."""
+    for part in parts(model.config):
+        if isinstance(getattr(part, "pad_token_id", None), int):
+            return part.pad_token_id
+    return 0

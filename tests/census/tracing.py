@@ -1,0 +1,185 @@
+"""What the modules of a model take and give in one pass, and changes made there by hand: it knows nothing of the library."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Change = Callable[[Tensor], Tensor]
+"""A tensor as the module takes or gives it -> what goes on in its place."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Name one tensor at a module: an argument, by position or keyword, or one of what it returns."""
+
+    path: str
+    side: str
+    key: Any
+
+
+@dataclass
+class Seen:
+    """One tensor that passed a module, in the order of time."""
+
+    place: Place
+    value: Tensor
+
+
+class Trace:
+    """Record all floating tensors of two or more dimensions that enter or leave modules."""
+
+    def __init__(self) -> None:
+        self.seen: list[Seen] = []
+        self.calls: list[str] = []
+        self.output: Any = None
+
+    def values(self, path: str, side: str) -> list[Tensor]:
+        """Return what entered or left a module, in order."""
+        return [s.value for s in self.seen if (s.place.path, s.place.side) == (path, side)]
+
+    def places(self, value: Tensor, within: str = "") -> list[Place]:
+        """Return where a tensor of exactly these values passed, whatever its shape."""
+        inside = (s for s in self.seen if not within or f"{s.place.path}.".startswith(f"{within}."))
+        return list(dict.fromkeys(s.place for s in inside if same(s.value, value)))
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors hold the same features of the same tokens."""
+    return a.numel() == b.numel() and a.shape[-1] == b.shape[-1] and torch.equal(flat(a), flat(b))
+
+
+def flat(h: Tensor) -> Tensor:
+    """[..., width] -> [tokens of all rows, width]."""
+    return h.reshape(-1, h.shape[-1])
+
+
+def tensors(value: Any) -> Iterator[tuple[Any, Tensor]]:
+    """Yield the tensors of what a module returns, each with its key; `None` where it is one tensor."""
+    if isinstance(value, Tensor):
+        yield None, value
+    elif isinstance(value, Mapping):
+        yield from ((key, v) for key, v in value.items() if isinstance(v, Tensor))
+    elif isinstance(value, tuple | list):
+        yield from ((i, v) for i, v in enumerate(value) if isinstance(v, Tensor))
+
+
+def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
+    """Return what happened at every module in one pass without gradient."""
+    record = Trace()
+
+    def keep(path: str, side: str, items: Sequence[tuple[Any, Any]]) -> None:
+        for key, h in items:
+            if isinstance(h, Tensor) and h.is_floating_point() and h.ndim >= 2:
+                record.seen.append(Seen(Place(path, side, key), h.detach().clone()))
+
+    with ExitStack() as hooks:
+        for path, module in model.named_modules():
+
+            def before(_m: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = path) -> None:
+                record.calls.append(path)
+                keep(path, "input", [*enumerate(args), *kwargs.items()])
+
+            def after(_m: nn.Module, _args: tuple, _kwargs: dict[str, Any], out: Any, path: str = path) -> None:
+                keep(path, "output", list(tensors(out)))
+
+            hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+        record.output = run(model, inputs)
+    return record
+
+
+def run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Return what a model gives without gradient, from one state of the random numbers."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return model(**inputs)
+
+
+@contextmanager
+def by_hand(model: nn.Module, changes: Sequence[tuple[Place, Change]]) -> Iterator[None]:
+    """Within, the tensors at some places are changed by plain hooks."""
+    with ExitStack() as hooks:
+        for place, change in changes:
+            module = model.get_submodule(place.path)
+
+            def before(
+                _m: nn.Module, args: tuple, kwargs: dict[str, Any], place: Place = place, change: Change = change
+            ) -> tuple[tuple, dict[str, Any]]:
+                if isinstance(place.key, str):
+                    return args, kwargs | {place.key: change(kwargs[place.key])}
+                return (*args[: place.key], change(args[place.key]), *args[place.key + 1 :]), kwargs
+
+            def after(_m: nn.Module, _args: tuple, out: Any, place: Place = place, change: Change = change) -> Any:
+                if place.key is None:
+                    return change(out)
+                if isinstance(out, Mapping):
+                    out[place.key] = change(out[place.key])  # type: ignore[index]
+                    return out
+                items = list(out)
+                items[place.key] = change(items[place.key])
+                return tuple(items) if isinstance(out, tuple) else items
+
+            if place.side == "input":
+                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            else:
+                hooks.callback(module.register_forward_hook(after).remove)
+        yield
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Describe blocks that run one after another.
+
+    Attributes:
+        path: of the list that holds them.
+        blocks: their paths.
+        exact: whether what leaves each is what enters the next.
+        into, out: where the residual stream enters and leaves each.
+    """
+
+    path: str
+    blocks: tuple[str, ...]
+    exact: bool
+    into: tuple[Place, ...]
+    out: tuple[Place, ...]
+
+
+def chains(model: nn.Module, record: Trace, tokens: Tensor | None = None) -> list[Chain]:
+    """Return the outermost lists of modules that hand a tensor on from one to the next, in the order of time.
+
+    Where something happens between the modules, a list counts whose members are called once each, in order, and
+    take and give a tensor of one shape.
+    """
+    found: list[Chain] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) < 2:
+            continue
+        if any(f"{path}.".startswith(f"{block}.") for chain in found for block in chain.blocks):
+            continue
+        blocks = tuple(f"{path}.{i}" if path else str(i) for i in range(len(module)))
+        if [c for c in record.calls if c in blocks] != list(blocks):
+            continue
+        steps = [_through(record, block) for block in blocks]
+        if any(step is None for step in steps):
+            continue
+        pairs = [step for step in steps if step is not None]
+        exact = all(same(a[1].value, b[0].value) for a, b in zip(pairs, pairs[1:], strict=False))
+        if len({(a.value.shape, b.value.shape) for a, b in pairs}) > 1:
+            continue
+        into, out = tuple(a.place for a, _ in pairs), tuple(b.place for _, b in pairs)
+        found.append(Chain(path, blocks, exact, into, out))
+    return sorted(found, key=lambda chain: record.calls.index(chain.blocks[0]))
+
+
+def _through(record: Trace, block: str) -> tuple[Seen, Seen] | None:
+    """Return the first tensor that enters a block and the first of its shape that leaves it."""
+    first = next((s for s in record.seen if (s.place.path, s.place.side) == (block, "input")), None)
+    if first is None:
+        return None
+    outs = (s for s in record.seen if (s.place.path, s.place.side) == (block, "output"))
+    last = next((s for s in outs if s.value.shape == first.value.shape), None)
+    return None if last is None else (first, last)
