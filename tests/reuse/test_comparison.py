@@ -73,20 +73,6 @@ TYPES: dict[str, tuple[Callable[[], Any], Any, dict[str, str]]] = {
         CAUSAL,
         {"prefix": "not reused", "prompts": "not reused"},
     ),
-    "prophetnet": (
-        lambda: tf.ProphetNetConfig(
-            vocab_size=60,
-            hidden_size=32,
-            num_decoder_layers=3,
-            num_decoder_attention_heads=4,
-            decoder_ffn_dim=48,
-            ngram=2,
-            max_position_embeddings=64,
-            is_decoder=True,
-        ),
-        CAUSAL,
-        {"reuse": "nothing: a few short rows fail"},
-    ),
     "data2vec": (lambda: tf.Data2VecTextConfig(**DECODER), CAUSAL, NO_RANKS),
     "convbert": (lambda: tf.ConvBertConfig(**SIZES, embedding_size=32), MASKED, NO_LAYERS),
     "nystromformer": (
