@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,8 @@ from reftheads._utils.eval_mode import evaluating
 from reftheads._utils.lazy import cached
 from reftheads.reuse import short_rows
 from reftheads.reuse.cone import Cone, Differences
+from reftheads.reuse.execution import Execution
 from reftheads.runtime.scope import entering
-
-if TYPE_CHECKING:
-    from reftheads.reuse.replay import Replay
 
 Values = dict[str, Tensor]
 
@@ -31,13 +29,13 @@ class Comparison:
     """What the plain path and reuse give for some graphs that act together.
 
     Args:
-        replay: of the model.
+        execution: of the model, without a store.
         adapters: one for each of the graphs.
         cone: of all of them.
     """
 
-    def __init__(self, replay: Replay, adapters: Sequence[str], cone: Cone):
-        self.replay = replay.kept_in(None)
+    def __init__(self, execution: Execution, adapters: Sequence[str], cone: Cone):
+        self.execution = execution
         self.adapters = tuple(adapters)
         self.every = cone
         self.bound = max((planned.node.positions.bound or 0 for planned in cone.nodes), default=0)
@@ -59,12 +57,12 @@ class Comparison:
     @cached
     def generation(self) -> str | None:
         """Return how `generate` comes out otherwise if it begins with what is kept; `None` if it does not."""
-        base: Any = self.replay.facts.base
+        base: Any = self.execution.facts.base
         options = {"max_new_tokens": 2, "do_sample": False, "num_beams": 1, "pad_token_id": 0, "output_logits": True}
         with self._undisturbed(), torch.no_grad():
-            prompts = short_rows.prompts_of(self.replay.facts, self.bound)
+            prompts = short_rows.prompts_of(self.execution.facts, self.bound)
             try:
-                cache = self.replay.prefilled(self.cone, **prompts)
+                cache = self.execution.prefilled(self.cone, **prompts)
                 if cache is None:
                     return None
                 plain, begun = (
@@ -85,7 +83,7 @@ class Comparison:
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
         """Let passes be plain ones, of the graphs alone, in evaluation mode, and change no random numbers."""
-        facts = self.replay.facts
+        facts = self.execution.facts
         devices = [facts.device] if facts.device.type == "cuda" else []
         with torch.random.fork_rng(devices), evaluating(facts.base), torch.inference_mode(False):
             scope = {"adapters": self.adapters, "adapter_names": None, "disabled": False}
@@ -101,8 +99,8 @@ class Comparison:
         """
         compared = 0
         try:
-            for batch, wider in short_rows.batches(self.replay.facts, self.bound):
-                plain = self._values(self.replay.facts.base(**batch), batch)
+            for batch, wider in short_rows.batches(self.execution.facts, self.bound):
+                plain = self._values(self.execution.facts.base(**batch), batch)
                 if not all(bool(value.isfinite().all()) for value in plain.values()):
                     continue
                 compared += 1
@@ -117,14 +115,14 @@ class Comparison:
         return None if compared else "what a plain pass over a few short rows gives is not finite"
 
     def _reused(self, cone: Cone, batch: dict[str, Tensor], wider: dict[str, Tensor]) -> Any:
-        replay = self.replay
-        call = replay.facts.layer.new_call()
-        recorded = replay.recorder.rows(cone, replay.split.rows(cone, wider, call), above=True)
-        return replay.through(call, cone, batch, recorded, whole=True)
+        execution = self.execution
+        call = execution.facts.layer.new_call()
+        recorded = execution.recorder.rows(cone, execution.split.rows(cone, wider, call), above=True)
+        return execution.through(call, cone, batch, recorded, whole=True)
 
     def _values(self, output: Any, batch: Mapping[str, Tensor]) -> Values:
         """Return what an output holds of real tokens: its loss, what nodes have read, and what the model gives."""
-        facts, real = self.replay.facts, batch["attention_mask"].bool()
+        facts, real = self.execution.facts, batch["attention_mask"].bool()
         # an encoder classifies a row by its first column; where that is padding, a batch takes the plain path
         rows = slice(None) if facts.causal or facts.seq2seq else real[:, 0]
         values: Values = {}
@@ -140,7 +138,7 @@ class Comparison:
 
     def _gradients(self, values: Values) -> Values:
         """Return the gradients of the nodes' parameters for the sum of all values, each with a weight of its own."""
-        nodes = {name: self.replay.facts.layer.rh_nodes[name] for name in self.adapters}
+        nodes = {name: self.execution.facts.layer.rh_nodes[name] for name in self.adapters}
         named = {f"the gradient of {n}": p for node in nodes.values() for n, p in node.named_parameters()}
         trained = {name: p for name, p in named.items() if p.requires_grad}
         weighted = [value.flatten().double() @ _weights(value) for value in values.values() if value.requires_grad]
@@ -161,8 +159,8 @@ class Comparison:
     @property
     def _tolerance(self) -> float:
         """Return the largest difference, in relation to a tensor's norm, that is rounding in these types."""
-        autocast = self.replay.facts.autocast
-        dtypes = self.replay.eligibility.dtypes | ({autocast} if autocast is not None else set())
+        autocast = self.execution.facts.autocast
+        dtypes = self.execution.eligibility.dtypes | ({autocast} if autocast is not None else set())
         return max(2e-4, 16 * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0))
 
 

@@ -73,20 +73,6 @@ TYPES: dict[str, tuple[Callable[[], Any], Any, dict[str, str]]] = {
         CAUSAL,
         {"prefix": "not reused", "prompts": "not reused"},
     ),
-    "prophetnet": (
-        lambda: tf.ProphetNetConfig(
-            vocab_size=60,
-            hidden_size=32,
-            num_decoder_layers=3,
-            num_decoder_attention_heads=4,
-            decoder_ffn_dim=48,
-            ngram=2,
-            max_position_embeddings=64,
-            is_decoder=True,
-        ),
-        CAUSAL,
-        {"reuse": "nothing: a few short rows fail"},
-    ),
     "data2vec": (lambda: tf.Data2VecTextConfig(**DECODER), CAUSAL, NO_RANKS),
     "convbert": (lambda: tf.ConvBertConfig(**SIZES, embedding_size=32), MASKED, NO_LAYERS),
     "nystromformer": (
@@ -166,6 +152,21 @@ def test_a_window_that_only_the_cache_has_takes_the_plain_path() -> None:
     )
     model = intervened(from_config(config).float(), loreft(1), training=False).float()
     assert re.search(r"prompts +not reused by generate: the logits would be off by", model.reuse_summary())
+
+
+def test_the_text_of_a_model_that_also_sees_pictures_is_reused() -> None:
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    text = tf.LlamaConfig(**SIZES, num_key_value_heads=2).to_dict()
+    pictures = tf.CLIPVisionConfig(**vision, image_size=16, patch_size=4).to_dict()
+    config = tf.LlavaConfig(text_config=text, vision_config=pictures, image_token_id=59)
+    model = intervened(from_config(config, tf.AutoModelForImageTextToText).float(), head(0), loreft(1), head(2)).float()
+    batch, store = usual_batch(targets=True), ActivationStore(2**28)
+    plain = step(model, batch)
+    with model.reusing(store) as used:
+        assert used.why_plain() is None and used.eligibility.why_no_prefix(used.cone) is None and used.cone.cut == 2
+        for _ in range(2):
+            check(step(model, batch), plain, 2e-4)
+    assert store.hits
 
 
 # --- when it is made --------------------------------------------------------------------------------------
