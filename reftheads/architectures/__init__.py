@@ -1,6 +1,6 @@
 """Reading the structure of any base model: its stacks, its blocks, and where in them a component is."""
 
 from reftheads.architectures.addresses import Address, locate
-from reftheads.architectures.structure import StackInfo, stacks
+from reftheads.architectures.structure import StackInfo, Structure, stacks
 
-__all__ = ["Address", "StackInfo", "locate", "stacks"]
+__all__ = ["Address", "StackInfo", "Structure", "locate", "stacks"]

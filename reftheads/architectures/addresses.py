@@ -1,14 +1,17 @@
 """From an address to a module: what `Site(layer=3, component="query_output")` means in a given model.
 
-Everything is read off the model's structure, so that an architecture needs no entry of its own: the
-blocks are the outermost `ModuleList` whose members attend; the attention is the module that owns the
-query, key and value projections; widths and head counts follow from the projections themselves.
-What the names of the field leave open is settled by tuples of names, in `blocks` and `structure`.
+Names propose and tensors decide, so that an architecture needs no entry of its own: the attention is the module
+that owns the query, key and value projections, head counts follow from the projections themselves, and what the
+names of the field leave open is settled by tuples of names, in `blocks`. One small pass through the model then
+shows whether a module runs, on tensors of which shape, and what is added to the residual stream; what does not
+agree is refused.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import nn
 
@@ -16,7 +19,7 @@ from reftheads.architectures.blocks import (
     ATTENDS,
     UP,
     Columns,
-    as_range,
+    added_by,
     attention_norm,
     attention_of,
     attention_owner,
@@ -25,11 +28,18 @@ from reftheads.architectures.blocks import (
     known_width,
     mlp_norm,
     mlp_of,
+    reads_other_stack,
     width_of,
 )
-from reftheads.architectures.paths import first_child, join, leaf, parent, submodule, within
-from reftheads.architectures.structure import StackInfo, own_modules, stacks
+from reftheads.architectures.paths import ancestors_of, first_child, join, leaf, own_modules, parent, submodule, within
+from reftheads.architectures.probe import ROWS, TOKENS, Observation
+from reftheads.architectures.structure import StackInfo, Structure
 from reftheads.graph.site import BLOCK_COMPONENTS, Side, Site, Stack
+
+Form = Literal["rows", "columns", "filled"]
+"""How a tensor holds tokens: "rows", [rows columns width], or [rows·columns width] as where OPT and mixtures of experts
+flatten them; "columns", [columns rows width], as in FSMT; "filled", [rows columns+more width], as in Longformer, which
+fills up its rows to a multiple of its window."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class Address:
         columns: the features of the module's last dimension that belong to the site, in the order of
             the heads; `None` means all of them.
         stack: path of the stack's module, see `StackInfo.path`; "" if it is the model itself.
+        form: of the tensor, see `Form`.
         order: (layer, rank within the block), which sorts the addresses of a stack in the order of
             execution: the embeddings have layer -1, the final norm comes after the last block. `None`
             for a module path whose place cannot be told.
@@ -65,6 +76,7 @@ class Address:
     columns: Columns
     stack: str
     order: tuple[int, int] | None
+    form: Form = "rows"
 
     @property
     def index(self) -> slice | list[int]:
@@ -76,7 +88,7 @@ class Address:
         return list(self.columns)
 
 
-def locate(model: nn.Module, site: Site, known: Sequence[StackInfo] | None = None) -> Address:
+def locate(model: nn.Module, site: Site, structure: Structure | None = None) -> Address:
     """Return the address of a site in a model, which may be a bare model or one with any head on top.
 
     `attention_output` and `mlp_output` are what is added to the residual stream: the output of the
@@ -86,7 +98,7 @@ def locate(model: nn.Module, site: Site, known: Sequence[StackInfo] | None = Non
     (batch * tokens, features) in OPT, whose blocks flatten their tokens there.
 
     Args:
-        known: what `stacks(model)` has returned, which spares a walk through the model.
+        structure: of this model, which spares a walk through it.
 
     Raises:
         ValueError: a layer or head out of range, a stack that the model lacks, a component that it does
@@ -101,43 +113,54 @@ def locate(model: nn.Module, site: Site, known: Sequence[StackInfo] | None = Non
         'model.layers.0.mlp.down_proj'
         ```
     """
-    known = stacks(model) if known is None else known
+    structure = Structure.of(model) if structure is None else structure
     if site.is_path:
-        return _locate_path(model, known, site)
-    info = _choose_stack(model, known, site.stack)
-    site = replace(site, stack=info.role if len(known) > 1 else None)
+        return _locate_path(structure, site)
+    info = _choose_stack(structure, site.stack)
+    site = replace(site, stack=info.role if len(structure.stacks) > 1 else None)
     if site.component == "embedding_output":
         # What enters block 0, since some models scale, add positions or project after their embeddings.
-        return Address(site, info.blocks[0], "input", _residual_width(model, info), None, info.path, (-1, 0))
+        width = _residual_width(model, info)
+        return _as_seen(structure, info, Address(site, info.blocks[0], "input", width, None, info.path, (-1, 0)))
     if site.component == "final_norm_output":
-        return _final_norm(model, info, site)
+        return _as_seen(structure, info, _final_norm(model, info, site))
     assert site.layer is not None
     layer = index_in_range(site.layer, len(info.blocks), "layer", _name(model))
-    return _locate_in_block(model, info, replace(site, layer=layer), layer)
+    return _as_seen(structure, info, _locate_in_block(structure, info, replace(site, layer=layer), layer))
 
 
-def _choose_stack(model: nn.Module, known: Sequence[StackInfo], wanted: Stack | None) -> StackInfo:
+def _choose_stack(structure: Structure, wanted: Stack | None) -> StackInfo:
     """Return the stack that a site means."""
+    model, name = structure.model, _name(structure.model)
+    known = [info for info in structure.stacks if info.blocks]
     if not known:
         raise ValueError(
-            f"no transformer blocks recognised in {_name(model)}: "
-            "use the dotted path of a module, as in Site(component='encoder.layers.0.mlp')"
+            f"no transformer blocks recognised in {name}: {structure.why_no_blocks}: use the dotted path of a module, "
+            "as in Site(component='encoder.layers.0.mlp')"
         )
     role = wanted or (known[0].role if len(known) == 1 else "decoder")
     matching = [info for info in known if info.role == role]
+    if not matching and wanted is None:
+        matching = known
     if not matching:
         names = " and ".join(f"{info.role} {info.path!r}" if info.path else info.role for info in known)
-        raise ValueError(f"{_name(model)} has no {role}, only its {names}: leave stack out, or name that one")
-    if len(matching) > 1:
+        raise ValueError(f"{name} has no {role}, only its {names}: leave stack out, or name that one")
+    if len(matching) == 1:
+        return matching[0]
+    fed = sorted((info for info in matching if _is_fed(model, info)), key=lambda info: -len(info.path))
+    if not fed or (len(fed) > 1 and len(fed[0].path) == len(fed[1].path)):
         paths = ", ".join(repr(info.path) for info in matching)
-        raise ValueError(f"{_name(model)} has several {role}s ({paths}): use the dotted path of a module")
-    config = getattr(model.get_submodule(matching[0].path), "config", None)
-    if getattr(config, "num_hidden_groups", None) is not None:
-        raise ValueError(
-            f"{_name(model)} runs the same blocks several times, so that a layer has no module of its own: "
-            "the dotted path of a module edits all its runs"
-        )
-    return matching[0]
+        raise ValueError(f"{name} has several {role}s ({paths}): use the dotted path of a module")
+    return fed[0]
+
+
+def _is_fed(model: nn.Module, info: StackInfo) -> bool:
+    """Return whether a stack is the one that gets the embedded tokens of the input."""
+    embeddings = None
+    with suppress(Exception):  # some models have none, and say so by an error of their own
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    paths = [path for path, module in own_modules(model) if module is embeddings]
+    return any(within(path, info.path) for path in paths)
 
 
 def _final_norm(model: nn.Module, info: StackInfo, site: Site) -> Address:
@@ -148,9 +171,65 @@ def _final_norm(model: nn.Module, info: StackInfo, site: Site) -> Address:
     return Address(site, info.final_norm, "output", width, None, info.path, (len(info.blocks), 0))
 
 
-def _locate_in_block(model: nn.Module, info: StackInfo, site: Site, layer: int) -> Address:
+def _as_seen(structure: Structure, info: StackInfo | None, address: Address) -> Address:
+    """Return an address with the form and width of the tensor that was seen there.
+
+    Raises:
+        ValueError: the pass that was to reach the module did not, or showed a tensor of which no column belongs to a
+            token.
+    """
+    observation, path = structure.observation, address.module
+    of_blocks = None if info is None else structure.seen(info)
+    reached = of_blocks is not None or (info is not None and not info.blocks and bool(observation.modules))
+    if not reached:
+        return address
+    where = f"{address.side} of {path or 'the model'!r} in {_name(structure.model)}"
+    if path not in observation.modules:
+        if _is_chosen(observation, path):
+            return address
+        raise ValueError(
+            f"{path!r} does not run when {_name(structure.model)} does, or under another name: nothing would happen "
+            "there. Use the path of a module around it"
+        )
+    seen = observation.modules[path]
+    shape = seen.entered if address.side == "input" else seen.left
+    if shape is None:
+        raise ValueError(
+            f"the {where} is no tensor of one shape: nodes need [rows, columns, width]. Use another module's path"
+        )
+    of_text = of_blocks.of_text if of_blocks is not None else observation.of_text
+    form = _form(shape, of_text, of_blocks is None or of_blocks.by_token)
+    if form is None:
+        raise ValueError(
+            f"the {where} has the shape {list(shape)} for {ROWS} rows of {TOKENS} tokens, whose columns are not these "
+            "tokens: use another module's path"
+        )
+    width = shape[-1] if address.columns is None else address.width
+    return replace(address, width=width, form=form)
+
+
+def _form(shape: tuple[int, ...], of_text: bool, by_token: bool) -> Form | None:
+    """Return how a tensor that was seen holds the tokens of the pass; `None` if it does not."""
+    if not of_text:
+        return "rows" if len(shape) == 3 and shape[0] == ROWS else None
+    if shape[:-1] in ((ROWS, TOKENS), (ROWS * TOKENS,)):
+        return "rows"
+    if shape[:-1] == (TOKENS, ROWS):
+        return "columns"
+    # filled up to a multiple of a window, not one stream beside the other
+    padded = len(shape) == 3 and shape[0] == ROWS and shape[1] > TOKENS and shape[1] % TOKENS
+    return "filled" if padded and by_token else None
+
+
+def _is_chosen(observation: Observation, path: str) -> bool:
+    """Return whether a module lies in a member of a list that did not run while others did: an expert not chosen."""
+    above = [path, *ancestors_of(path)]
+    return any(parent(member) in observation.lists and member not in observation.modules for member in above)
+
+
+def _locate_in_block(structure: Structure, info: StackInfo, site: Site, layer: int) -> Address:
     """Return the address of a component of a block; `layer` is counted from 0."""
-    component = site.component
+    model, component = structure.model, site.component
     path = info.blocks[layer]
     where = f"layer {layer} of {_name(model)}"
     block = model.get_submodule(path)
@@ -162,6 +241,8 @@ def _locate_in_block(model: nn.Module, info: StackInfo, site: Site, layer: int) 
 
     if component in ("block_input", "block_output"):
         return at("", "input" if component == "block_input" else "output", residual)
+    if component in ("attention_output", "mlp_output") and path in structure.steps(info):
+        return at(added_by(block, structure.steps(info)[path], component, where), "output", residual)
     if component in ("mlp_input", "mlp_activation", "mlp_output"):
         mlp = mlp_of(block, where)
         if component == "mlp_input":
@@ -179,23 +260,21 @@ def _locate_in_block(model: nn.Module, info: StackInfo, site: Site, layer: int) 
         return at(owner, "input", residual)
     if component == "attention_output":
         return at(attention_norm(block) or out, "output", residual)
-    heads = heads_of(block, owner, out, where, _model_type(model))
-    module, side, columns = heads.site(component)
+    heads = heads_of(block, owner, out, component, where, _model_type(model))
     if site.head is not None:
-        count = heads.kv_count if component in ("key_output", "value_output") else heads.count
-        head = index_in_range(site.head, count, "head", f"{component} of {_name(model)}")
+        head = index_in_range(site.head, len(heads.heads), "head", f"{component} of {_name(model)}")
         site = replace(site, head=head)
-        columns = as_range((columns or range(count * heads.dim))[head * heads.dim : (head + 1) * heads.dim])
-    width = known_width(block.get_submodule(module), side) if columns is None else len(columns)
-    return at(module, side, width, columns)
+    whole = width_of(block.get_submodule(heads.module), heads.side)
+    columns = heads.columns(whole, site.head)
+    return at(heads.module, heads.side, len(columns) if columns is not None else whole or 0, columns)
 
 
 # --- module paths ----------------------------------------------------------------------------------------
 
 
-def _locate_path(model: nn.Module, known: Sequence[StackInfo], site: Site) -> Address:
+def _locate_path(structure: Structure, site: Site) -> Address:
     """Return the address of one side of the module at a dotted path."""
-    path = site.component
+    model, known, path = structure.model, structure.stacks, site.component
     module = None if path.startswith("interventions.") else submodule(model, path)
     if module is None:
         close = difflib.get_close_matches(path, [p for p, _ in own_modules(model)], n=3)
@@ -208,29 +287,32 @@ def _locate_path(model: nn.Module, known: Sequence[StackInfo], site: Site) -> Ad
     if site.stack is not None and (info is None or info.role != site.stack):
         raise ValueError(f"module {path!r} is not in the {site.stack} of {_name(model)}: leave stack out")
     site = replace(site, stack=info.role if info is not None and len(known) > 1 else None)
-    place = _known_place(model, info, path, site.side) if info is not None else None
+    place = _known_place(structure, info, path, site.side) if info is not None else None
     width = width_of(module, site.side)
     if width is None and place is not None and place.columns is None:
         width = place.width
-    if not width:
+    runner = known[0] if info is None else info
+    order = None if place is None else place.order
+    address = Address(site, path, site.side, width or 0, None, runner.path, order)
+    address = address if reads_other_stack(path) else _as_seen(structure, info, address)
+    if not address.width:
         raise ValueError(
             f"cannot tell how wide the {site.side} of {path!r} ({type(module).__name__}) is: "
             "use one of the components, or the path of a projection, norm, block, attention or MLP"
         )
-    runner = info or (known[0] if known else None)
-    stack = "" if runner is None else runner.path
-    return Address(site, path, site.side, width, None, stack, None if place is None else place.order)
+    return address
 
 
-def _known_place(model: nn.Module, info: StackInfo, path: str, side: Side) -> Address | None:
+def _known_place(structure: Structure, info: StackInfo, path: str, side: Side) -> Address | None:
     """Return the component at, or at the same step of the block as, one side of a module."""
+    model = structure.model
     layer = next((i for i, block in enumerate(info.blocks) if within(path, block)), None)
     if layer is None:
         return _final_norm(model, info, Site(None, "final_norm_output")) if path == info.final_norm else None
     components: dict[str, Address] = {}
     for component in BLOCK_COMPONENTS:
         try:
-            components[component] = _locate_in_block(model, info, Site(layer, component), layer)
+            components[component] = _locate_in_block(structure, info, Site(layer, component), layer)
         except ValueError:  # this block lacks it
             continue
     for address in components.values():
@@ -272,12 +354,13 @@ def _in_mlp(components: Mapping[str, Address], path: str, side: Side) -> Address
 
 
 def _residual_width(model: nn.Module, info: StackInfo) -> int:
-    """Return the width of the residual stream: that of what a query projection reads."""
-    owners = filter(None, (attention_owner(model.get_submodule(block)) for block in info.blocks))
-    _, owner = next(owners)
-    name = first_child(owner, ATTENDS)
-    assert name is not None
-    return known_width(owner.get_submodule(name), "input")
+    """Return the width of the residual stream: that of what a query projection reads; 0 if that cannot be told."""
+    for path in info.blocks:
+        owner = attention_owner(model.get_submodule(path))
+        name = None if owner is None else first_child(owner[1], ATTENDS)
+        if owner is not None and name is not None:
+            return width_of(owner[1].get_submodule(name), "input") or 0
+    return 0
 
 
 def _model_type(model: nn.Module) -> str:

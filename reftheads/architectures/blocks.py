@@ -4,12 +4,14 @@ What the names of the field leave open is settled by the few tuples of names bel
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import nn
 
 from reftheads.architectures.paths import child, first_child, join, leaf, parent, submodule, within
-from reftheads.graph.site import Side
+from reftheads.architectures.stream import Addition, Step
+from reftheads.graph.site import HEAD_COMPONENTS, Side
 
 _QUERY = ("q_proj", "query", "q_lin", "query_proj", "q")
 _KEY = ("k_proj", "key", "k_lin", "key_proj", "k")
@@ -23,47 +25,32 @@ _DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "lin2", "wo", "Wo", "fc_
 _HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 _HEAD_COUNT = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _CROSS = ("cross", "encoder_attn", "encdec")
-# Their fused projection has a name from the tuples above and another order of columns.
-_OTHER_FUSED_ORDER = ("codegen", "gpt_bigcode")
+_GATED_QUERIES = ("qwen3_next", "qwen3_5", "qwen4_exp", "axk2")  # project a gate beside each head's query
+_CODEGEN_PARTS = 4  # of its fused projection, each with queries, values and keys, in this order
 
 
 Columns = range | tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
-class _Heads:
-    """Describe the heads of a block's self-attention; paths are relative to the block.
+class HeadSite:
+    """Say where the heads of a block's self-attention have their queries, keys, values or outputs.
 
     Attributes:
-        projections: paths of the projections of queries, keys and values, or of the fused one.
-        interleaved: whether the fused one has its columns a group at a time.
-        out: path of the output projection.
-        dim: features of a head.
-        count, kv_count: how many heads queries have, and how many keys and values have.
+        module: path in the block.
+        side: of that module.
+        heads: of each head, the features of the module that are its own, in their order.
     """
 
-    projections: tuple[str, ...]
-    interleaved: bool
-    out: str
-    dim: int
-    count: int
-    kv_count: int
+    module: str
+    side: Side
+    heads: tuple[range, ...]
 
-    def site(self, component: str) -> tuple[str, Side, Columns]:
-        """Return module, side and columns of all heads of one of `HEAD_COMPONENTS`."""
-        if component == "head_output":
-            return self.out, "input", None
-        which = ("query_output", "key_output", "value_output").index(component)
-        if len(self.projections) == 3:
-            return self.projections[which], "output", None
-        groups = self.kv_count if self.interleaved else 1
-        queries, keys = self.count // groups, self.kv_count // groups  # in each group
-        first, heads = ((0, queries), (queries, keys), (queries + keys, keys))[which]
-        columns: list[int] = []
-        for group in range(groups):
-            start = group * (queries + 2 * keys) + first
-            columns += range(start * self.dim, (start + heads) * self.dim)
-        return self.projections[0], "output", as_range(columns)
+    def columns(self, width: int | None, head: int | None) -> Columns:
+        """Return the features of one head or of all; `None` if they are all of a module so wide."""
+        wanted = self.heads if head is None else (self.heads[head],)
+        columns = as_range([column for features in wanted for column in features])
+        return None if columns == range(width or 0) else columns
 
 
 def reads_other_stack(path: str) -> bool:
@@ -96,32 +83,93 @@ def attention_of(block: nn.Module, where: str) -> tuple[str, str]:
     return path, out
 
 
-def heads_of(block: nn.Module, path: str, out: str, where: str, model_type: str) -> _Heads:
-    """Return the heads of the attention at `path`, whose output projection is at `out`.
+def heads_of(block: nn.Module, path: str, out: str, component: str, where: str, model_type: str) -> HeadSite:
+    """Return one of `HEAD_COMPONENTS` of the attention at `path`, whose output projection is at `out`.
 
     Args:
         where: how errors call the block.
-        model_type: some models fuse their projections in an order that no name shows.
+        model_type: some models lay out their projections in a way that no name shows.
+
+    Raises:
+        ValueError: projections of no known form, or of widths that do not agree, and keys of latent attention, of
+            which all heads share a part.
     """
     owner = block.get_submodule(path)
+    queries = known_width(block.get_submodule(out), "input")
+    if child(owner, "kv_b_proj") is not None:
+        return _latent(owner, path, out, component, where)
+    dim = _head_dim(owner, queries)
+    if component == "head_output" and queries % dim == 0:
+        return HeadSite(out, "input", _side_by_side(0, queries // dim, dim))
     fused = first_child(owner, (*_CONTIGUOUS, *_INTERLEAVED))
     names = [fused] if fused else [first_child(owner, n) for n in (_QUERY, _KEY, _VALUE)]
     projections = tuple(join(path, n) for n in names if n is not None)
-    if len(projections) < len(names) or (fused and model_type in _OTHER_FUSED_ORDER):
+    if len(projections) < len(names):
         raise ValueError(
             f"{where}: the query, key and value projections of its attention {path!r} are of no known "
             "form: use a module path"
         )
     widths = [known_width(block.get_submodule(p), "output") for p in projections]
-    queries = known_width(block.get_submodule(out), "input")
+    gated = model_type.startswith(_GATED_QUERIES) and not fused and widths[0] == 2 * queries
     keys = (widths[0] - queries) // 2 if fused else widths[1]
-    dim = _head_dim(owner, queries)
-    if sum(widths) != queries + 2 * keys or not keys or queries % dim or keys % dim:
+    if sum(widths) != queries * (1 + gated) + 2 * keys or not keys or queries % dim or keys % dim:
         raise ValueError(
             f"{where}: the projections of its attention {path!r} are {widths} wide, which does not divide "
             f"into queries of {queries} and equal keys and values with heads of {dim}: use a module path"
         )
-    return _Heads(projections, fused in _INTERLEAVED, out, dim, queries // dim, keys // dim)
+    which = HEAD_COMPONENTS.index(component)
+    count, kv_count = queries // dim, keys // dim
+    if not fused:
+        stride = 2 * dim if gated and which == 0 else dim  # a query, and the gate of its head's output
+        heads = _side_by_side(0, kv_count if which else count, dim, stride)
+        return HeadSite(projections[which], "output", heads)
+    if model_type == "codegen":
+        order, groups = (0, 2, 1), _CODEGEN_PARTS
+    else:
+        by_head = model_type == "gpt_bigcode" and not getattr(owner, "multi_query", True)
+        order, groups = (0, 1, 2), kv_count if fused in _INTERLEAVED or by_head else 1
+    return HeadSite(projections[0], "output", _of_fused(which, order, groups, count // groups, kv_count // groups, dim))
+
+
+def _of_fused(which: int, order: tuple[int, ...], groups: int, queries: int, keys: int, dim: int) -> tuple[range, ...]:
+    """Return the features of each head in a fused projection of groups with so many queries and keys each.
+
+    Args:
+        which: 0 for queries, 1 for keys, 2 for values.
+        order: of the three in each group.
+    """
+    counts = (queries, keys, keys)
+    before = sum(counts[part] for part in order[: order.index(which)])
+    starts = (group * (queries + 2 * keys) * dim + before * dim for group in range(groups))
+    return tuple(features for start in starts for features in _side_by_side(start, counts[which], dim))
+
+
+def _side_by_side(start: int, count: int, dim: int, stride: int | None = None) -> tuple[range, ...]:
+    """Return the features of heads that lie one after the other."""
+    firsts = (start + head * (stride or dim) for head in range(count))
+    return tuple(range(first, first + dim) for first in firsts)
+
+
+def _latent(owner: nn.Module, path: str, out: str, component: str, where: str) -> HeadSite:
+    """Return a component of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, equations 9 to 19)."""
+    count = _first_int(owner, _HEAD_COUNT) or _first_int(getattr(owner, "config", None), _HEAD_COUNT)
+    content, rotary, value = (
+        _first_int(owner, (name,)) or _first_int(getattr(owner, "config", None), (name,))
+        for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    )
+    query = first_child(owner, ("q_b_proj", "q_proj"))
+    if count is None or content is None or rotary is None or value is None or query is None:
+        raise ValueError(f"{where}: its latent attention {path!r} is of no known form: use a module path")
+    if component == "head_output":
+        return HeadSite(out, "input", _side_by_side(0, count, value))
+    if component == "query_output":
+        return HeadSite(join(path, query), "output", _side_by_side(0, count, content + rotary))
+    if component == "key_output":
+        raise ValueError(
+            f"{where}: the heads of its latent attention share a part of their keys, so that none has a key_output of "
+            f"its own: use the path of {join(path, 'kv_b_proj')!r} or of {path!r}"
+        )
+    return HeadSite(join(path, "kv_b_proj"), "output", _side_by_side(content, count, value, content + value))
 
 
 def _head_dim(owner: nn.Module, width: int) -> int:
@@ -185,6 +233,73 @@ def attention_norm(block: nn.Module) -> str | None:
 def mlp_norm(block: nn.Module) -> str | None:
     """Return the norm between the MLP and the residual addition, if there is one."""
     return first_child(block, ("post_feedforward_layernorm", "post_mlp_layernorm"))
+
+
+# --- what is added to the residual stream -------------------------------------------------------------
+
+
+def added_by(block: nn.Module, steps: Sequence[Step] | None, component: str, where: str) -> str:
+    """Return the module whose output a half of a block adds to the residual stream.
+
+    A half is known by the names of its modules. Where two outputs are added, one of them or both without a known name,
+    the first is that of the attention, or of the state-space or linear-attention layer in its place, and the second
+    that of the MLP.
+
+    Args:
+        steps: what was seen to be added, see `steps_of_blocks`.
+        component: `"attention_output"` or `"mlp_output"`.
+        where: how errors call the block.
+
+    Raises:
+        ValueError: no such half, or more than the two halves, and the cross-attention, add to the stream.
+    """
+    if steps is None:
+        raise ValueError(
+            f"{where}: what its halves add to the residual stream cannot be told apart there: use the path of a module"
+        )
+    own = [addition for step in steps for addition in step if not any(map(_is_cross, addition))]
+    named = {"attention_output": _names_of_attention(block), "mlp_output": _names_of_mlp(block)}
+    attention = [addition for addition in own if addition.intersection(named["attention_output"])]
+    mlp = [a for a in own if a not in attention and a.intersection(named["mlp_output"])]
+    rest = [addition for addition in own if addition not in attention + mlp]
+    if rest and not attention and rest[0] == own[0]:
+        attention.append(rest.pop(0))
+    if rest and not mlp and rest[-1] == own[-1]:
+        mlp.append(rest.pop())
+    halves = {"attention_output": attention, "mlp_output": mlp}
+    added = [*attention[1:], *mlp[1:], *rest]
+    if added:
+        raise ValueError(
+            f"{where}: beside one attention and one MLP, {' and '.join(map(_outermost, added))} add to the residual "
+            f"stream, so that {component} would be a part of it only: use the path of a module"
+        )
+    if not halves[component]:
+        what = "attention" if component == "attention_output" else "MLP"
+        raise ValueError(f"{where} has no {what} that adds to the residual stream: use the path of a module")
+    [addition] = halves[component]
+    return next((name for name in named[component] if name in addition), _outermost(addition))
+
+
+def _names_of_attention(block: nn.Module) -> list[str]:
+    """Return the modules that may give what a block's attention adds, the innermost first; none without attention."""
+    owner = attention_owner(block)
+    if owner is None:
+        return []
+    with suppress(ValueError):
+        owner, out = attention_of(block, "")
+        return [name for name in (attention_norm(block), out, owner) if name]
+    return [owner[0]]
+
+
+def _names_of_mlp(block: nn.Module) -> list[str]:
+    """Return the modules that may give what a block's MLP adds, the innermost first; none without a known one."""
+    with suppress(ValueError):
+        return [name for name in (mlp_norm(block), mlp_of(block, "").output) if name]
+    return []
+
+
+def _outermost(addition: Addition) -> str:
+    return min(addition, key=lambda path: (path.count("."), path))
 
 
 # --- widths and columns ------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Dotted paths in the tree of a model's modules."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 
 from torch import nn
@@ -48,3 +49,15 @@ def child(module: nn.Module, name: str) -> nn.Module | None:
 def first_child(module: nn.Module, names: Iterable[str]) -> str | None:
     """Return the first of these names that a direct child of the module has; `None` if none has any."""
     return next((name for name in names if child(module, name) is not None), None)
+
+
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model with their paths, without the parameters of a graph that was compiled into it."""
+    for path, module in model.named_modules():
+        if path.split(".")[0] != "interventions":
+            yield path, module
+
+
+def arguments(module: nn.Module) -> list[str]:
+    """Return the names of what a module's forward takes, in order."""
+    return list(inspect.signature(module.forward).parameters)

@@ -1,16 +1,20 @@
 """The stacks of a model: where its blocks are, what runs them, and in which direction they look."""
 
-import inspect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from reftheads.architectures.blocks import attention_owner
-from reftheads.architectures.paths import ancestors_of, first_child, join, within
+from reftheads.architectures.paths import ancestors_of, arguments, first_child, join, own_modules, parent, within
+from reftheads.architectures.probe import ListSeen, Observation, observe
+from reftheads.architectures.stream import Step, steps_of_blocks
 from reftheads.graph.site import Stack
 
 _FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_norm", "final_layernorm", "layer_norm", "layernorm", "norm_f")
+_FED = {"input_ids", "pixel_values", "input_features", "input_values"}  # what a stack takes
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class StackInfo:
 
     Args:
         path: the module that receives `input_ids`, `attention_mask` … and runs the blocks.
-        blocks: paths of the blocks in the order in which they run.
+        blocks: paths of the blocks in the order in which they run; empty if none are recognised, where only dotted
+            paths of modules are addresses.
         role: `"decoder"` if tokens see only earlier ones, else `"encoder"`.
         final_norm: path of the norm after the last block, if there is one.
 
@@ -44,10 +49,67 @@ class StackInfo:
         return self.role == "decoder"
 
 
-def stacks(model: nn.Module) -> tuple[StackInfo, ...]:
-    """Return the stacks of blocks in a model, in the order of its modules; empty if none is recognised.
+@dataclass(frozen=True)
+class Structure:
+    """Hold what is known of the structure of a model, for all sites that are located in it.
 
-    The blocks of a stack are the outermost `ModuleList` whose members attend.
+    Attributes:
+        model: the model.
+        stacks: its stacks.
+        observation: what a small pass through it showed.
+
+    Example:
+        ```python
+        >>> import reftheads as rh
+        >>> from reftheads.architectures import Structure
+        >>> Structure.of(rh.load_base("tiny-chat")[0]).stacks[0].path
+        'model'
+        ```
+    """
+
+    model: nn.Module
+    stacks: tuple[StackInfo, ...]
+    observation: Observation
+    _steps: dict[str, dict[str, tuple[Step, ...] | None]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Structure:
+        """Look at a model, which takes one small pass through it."""
+        observation = observe(model)
+        return cls(model, _stacks(model, observation), observation)
+
+    @property
+    def why_no_blocks(self) -> str:
+        """Return why a model has no blocks."""
+        runs = [(path, seen) for path, seen in self.observation.lists.items() if path.count(".") < 4]
+        for path, seen in runs:
+            if len(set(seen.order)) < len(seen.order):
+                return f"it runs the same blocks several times ({path!r}), so that a layer has no module of its own"
+            if len(seen.order) > 1 and not seen.chained:
+                return f"what leaves a member of {path!r} is not what enters the next"
+        return "no list of modules runs one after the other on hidden states"
+
+    def seen(self, info: StackInfo) -> ListSeen | None:
+        """Return what was seen of the blocks of a stack; `None` if they did not run."""
+        return self.observation.lists.get(parent(info.blocks[0])) if info.blocks else None
+
+    def steps(self, info: StackInfo) -> dict[str, tuple[Step, ...] | None]:
+        """Return by block what is added to the residual stream, see `steps_of_blocks`; empty if no block was seen."""
+        seen = self.seen(info)
+        if seen is None:
+            return {}
+        if info.blocks[0] not in self._steps:
+            self._steps[info.blocks[0]] = steps_of_blocks(self.model, seen.part, info.blocks)
+        return self._steps[info.blocks[0]]
+
+
+def stacks(model: nn.Module) -> tuple[StackInfo, ...]:
+    """Return the stacks of blocks in a model, in the order of its modules.
+
+    Where no blocks are recognised, the model itself is a stack of none. The blocks of a stack are the outermost
+    `ModuleList` whose members run one after the other, each on what the one before has returned, and attend, or keep
+    the form of what they are given. What runs how is seen in one small pass through the model; a part that does not
+    run there goes by its names.
 
     Example:
         ```python
@@ -57,58 +119,76 @@ def stacks(model: nn.Module) -> tuple[StackInfo, ...]:
         ['model.layers.0']
         ```
     """
+    return _stacks(model, observe(model))
+
+
+def _stacks(model: nn.Module, observation: Observation) -> tuple[StackInfo, ...]:
     infos: list[StackInfo] = []
     blocks: list[str] = []
     for path, module in own_modules(model):
         if not isinstance(module, nn.ModuleList) or any(within(path, block) for block in blocks):
             continue
-        attention = next(filter(None, map(attention_owner, module)), None)
-        if attention is None:
+        if not _are_blocks(observation, path, module):
             continue
-        info = _stack_info(model, path, module, attention[1])
-        infos.append(info)
-        blocks += info.blocks
-    return tuple(infos)
+        infos.append(_stack_info(model, observation, path, module))
+        blocks += infos[-1].blocks
+    if infos:
+        return tuple(infos)
+    causal = observation.causal if observation.causal is not None else _keeps_a_cache(model)
+    return (StackInfo("", (), "decoder" if causal else "encoder", None),)
 
 
-def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a model with their paths, without the parameters of a graph that was compiled into it."""
-    for path, module in model.named_modules():
-        if path.split(".")[0] != "interventions":
-            yield path, module
+def _are_blocks(observation: Observation, path: str, members: nn.ModuleList) -> bool:
+    """Return whether the members of a list are the blocks of a stack."""
+    attends = any(attention_owner(member) is not None for member in members)
+    seen = observation.lists.get(path)
+    if seen is None:
+        return attends
+    if seen.order != sorted(set(seen.order)) or not seen.chained:
+        return False
+    return attends or (len(members) > 1 and _keep_form(observation, path, seen))
 
 
-def arguments(module: nn.Module) -> list[str]:
-    """Return the names of what a module's forward takes, in order."""
-    return list(inspect.signature(module.forward).parameters)
+def _keep_form(observation: Observation, path: str, seen: ListSeen) -> bool:
+    """Return whether the members of a list return hidden states of the form that they are given."""
+    members = [observation.modules[join(path, str(i))] for i in seen.order]
+    forms = {shape for member in members for shape in (member.entered, member.left)}
+    form = forms.pop()
+    return not forms and form is not None and len(form) == 3 and (seen.by_token or not seen.of_text)
 
 
-def _stack_info(model: nn.Module, path: str, blocks: nn.ModuleList, attention: nn.Module) -> StackInfo:
-    """Describe the stack of the blocks in the list at `path`, of which one has this attention."""
+def _stack_info(model: nn.Module, observation: Observation, path: str, blocks: nn.ModuleList) -> StackInfo:
+    """Describe the stack of the blocks in the list at `path`."""
     ancestors = list(ancestors_of(path))
+    seen = observation.lists.get(path)
+    running = [a for a in ancestors if seen is None or a in observation.modules] or ancestors
     # The blocks' direct parent often is an inner module that knows neither ids nor cache (BertEncoder).
-    receivers = (a for a in ancestors if _takes(model.get_submodule(a), "input_ids", "pixel_values"))
-    stack = next(receivers, ancestors[0])
+    fed = _FED if seen is None or seen.of_text else _FED - {"input_ids"}
+    receivers = (a for a in running if fed & set(arguments(model.get_submodule(a))))
+    stack = next(receivers, running[0])
+    causal = None if seen is None else seen.causal
+    if causal is None:
+        causal = _declared_causal(blocks, model.get_submodule(stack))
+    paths = tuple(join(path, str(i)) for i in range(len(blocks)))
+    norm = _norm_by_name(model, ancestors[: ancestors.index(stack) + 1]) if seen is None else seen.norm
+    return StackInfo(stack, paths, "decoder" if causal else "encoder", norm)
+
+
+def _declared_causal(blocks: nn.ModuleList, stack: nn.Module) -> bool:
+    """Return what the modules of a stack say about the direction in which they look."""
+    _, attention = next(filter(None, map(attention_owner, blocks)), ("", None))
     causal = getattr(attention, "is_causal", getattr(attention, "is_decoder", None))
-    if causal is None:  # Bloom and DeBERTa do not say; of the two only a decoder keeps a cache
-        causal = _takes(model.get_submodule(stack), "past_key_values")
-    return StackInfo(
-        path=stack,
-        blocks=tuple(join(path, str(i)) for i in range(len(blocks))),
-        role="decoder" if causal else "encoder",
-        final_norm=_final_norm(model, ancestors[: ancestors.index(stack) + 1]),
-    )
+    return _keeps_a_cache(stack) if causal is None else bool(causal)  # Bloom does not say, but keeps a cache
 
 
-def _final_norm(model: nn.Module, holders: Sequence[str]) -> str | None:
+def _keeps_a_cache(module: nn.Module) -> bool:
+    return "past_key_values" in arguments(module)
+
+
+def _norm_by_name(model: nn.Module, holders: Sequence[str]) -> str | None:
     """Return the path of the norm after the last block, in the first of these modules that has one."""
     for holder in holders:
         name = first_child(model.get_submodule(holder), _FINAL_NORM)
         if name is not None:
             return join(holder, name)
     return None
-
-
-def _takes(module: nn.Module, *names: str) -> bool:
-    """Return whether a module's forward takes one of these arguments."""
-    return any(name in arguments(module) for name in names)

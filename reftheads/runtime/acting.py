@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from reftheads.architectures.addresses import Form
 from reftheads.graph.intervention import Context, Params, Reader
 from reftheads.graph.selection import Selection
 from reftheads.runtime.node_module import NodeModule
@@ -59,30 +60,46 @@ def touch(run: Run, place: HookKey, h: Tensor, x: Tensor) -> Tensor | None:
     Args:
         run: the pass.
         place: path and side of the module.
-        h: what enters or leaves it: [batch chunk width], or [batch·chunk width] where a model flattens its tokens.
+        h: what enters or leaves it, in the form of the nodes' address.
         x: what entered it.
 
     Returns:
         What goes on; `None` if nothing was edited.
 
     Raises:
-        ValueError: a tensor of another shape.
+        ValueError: a tensor of another form.
     """
-    flat = h.ndim != 3
-    if flat:
-        if h.ndim != 2 or run.shape is None or h.shape[0] != run.shape[0] * run.shape[1]:
-            raise ValueError(
-                f"{place[0]!r} works on a tensor of shape {tuple(h.shape)}: nodes need [batch, sequence, width]"
-            )
-        h, x = h.unflatten(0, run.shape), x.unflatten(0, run.shape)
+    nodes = run.acting[place]
+    form = nodes[0].planned.address.form
+    rows = _in_rows(run, place, form, h)
+    entered = rows if x is h else _in_rows(run, place, form, x) if any(map(_needs_what_entered, nodes)) else x
     if torch.is_autocast_enabled(h.device.type):  # nodes compute in a type of their own
         with torch.autocast(h.device.type, enabled=False):
-            new = _act_in_turn(run, run.acting[place], h, x)
+            new = _act_in_turn(run, nodes, rows, entered)
     else:
-        new = _act_in_turn(run, run.acting[place], h, x)
-    if new is h:
+        new = _act_in_turn(run, nodes, rows, entered)
+    if new is rows:
         return None
-    return new.flatten(0, 1) if flat else new
+    if h.ndim == 2:
+        return new.flatten(0, 1)
+    if form == "filled":
+        return torch.cat([new, h[:, new.shape[1] :]], 1)
+    return new.transpose(0, 1) if form == "columns" else new
+
+
+def _in_rows(run: Run, place: HookKey, form: Form, h: Tensor) -> Float[Tensor, "rows columns width"]:
+    """Return the tensor at a place as [rows columns width], without columns that the model has filled up."""
+    if h.ndim == 3 and form != "filled":
+        return h if form == "rows" else h.transpose(0, 1)
+    if h.ndim == 3 and run.shape is not None and h.shape[1] >= run.shape[1]:
+        return h[:, : run.shape[1]]
+    if h.ndim == 2 and form == "rows" and run.shape is not None and len(h) == run.shape[0] * run.shape[1]:
+        return h.unflatten(0, run.shape)
+    raise ValueError(f"{place[0]!r} works on a tensor of shape {tuple(h.shape)}: nodes need [batch, sequence, width]")
+
+
+def _needs_what_entered(node: Acting) -> bool:
+    return node.module.intervention.needs_linear
 
 
 def _act_in_turn(run: Run, nodes: Sequence[Acting], h: Tensor, x: Tensor) -> Tensor:

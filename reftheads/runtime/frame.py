@@ -65,7 +65,7 @@ def frame_of(
     cache = inputs.get("past_key_values")
     past = cache.get_seq_length() if cache is not None else 0
     past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on in place
-    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+    mask, ids = _mask_and_ids(kind, stack, call, inputs, shape, past)
     flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
     if call.generation is not None and stack.causal and shape is not None:
         return Frame(past, *call.generation.masks(shape[0]), ids)
@@ -73,12 +73,12 @@ def frame_of(
     if relative is not None and _packed(inputs):
         raise ValueError(f"positions {str(relative)!r} need one row a sequence, and these rows are packed: unpack them")
     prompt = _prompt_mask(kind, stack, call, shape, past)
+    if mask is not None and flat is None and relative is not None and (prompt is None or call.prompt_mask is None):
+        raise ValueError(
+            f"positions {str(relative)!r} count real tokens, which a mask of this form does not show: pass a "
+            "2-D attention_mask, or prompt_mask"
+        )
     if prompt is None and shape is not None and relative is not None:
-        if mask is not None and flat is None:
-            raise ValueError(
-                f"positions {str(relative)!r} count real tokens, which a mask of this form does not show: pass a "
-                "2-D attention_mask, or prompt_mask"
-            )
         # a head's target shows that rows are whole inputs to be judged, not prompts with answers
         if call.training and stack.causal and kind.generative and not call.targets:
             raise ValueError(
@@ -86,6 +86,30 @@ def frame_of(
                 "labels with -100 on the prompt, or prompt_mask, or use positions='all'; or call model.eval()"
             )
     return Frame(past, flat, prompt, ids)
+
+
+def _mask_and_ids(
+    kind: BaseKind,
+    stack: StackInfo,
+    call: Call,
+    inputs: Mapping[str, Any],
+    shape: tuple[int, int] | None,
+    past: int | Tensor,
+) -> tuple[Any, Tensor | None]:
+    """Return mask and tokens of a pass: those of the stack, or of the call where its stack gets what it made of them.
+
+    A model for images and text embeds its tokens itself, and makes masks of a form of its own.
+    """
+    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+    if shape is None or not kind.feeds_input(stack):
+        return mask, ids
+    if ids is None and call.input_ids is not None and tuple(call.input_ids.shape) == shape:
+        ids = call.input_ids
+    shown = call.attention_mask
+    if isinstance(shown, Tensor) and shown.ndim == 2 and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        columns = shape[1] + past if isinstance(past, int) else None
+        mask = shown if columns is None or tuple(shown.shape) == (shape[0], columns) else mask
+    return mask, ids
 
 
 def _prompt_mask(

@@ -168,9 +168,10 @@ class Interventions(nn.Module, BaseTunerLayer):
         ours = {"prompt_mask", *(name for plan in self.plans.values() for name in plan.targets)} & kwargs.keys()
         targets = {name: kwargs[name] for name in ours if kwargs[name] is not None}
         kwargs = {name: value for name, value in kwargs.items() if name not in ours} if ours else kwargs
-        labels = (_named(self._argument_names[None], args) | kwargs).get("labels")
+        inputs = _named(self._argument_names[None], args) | kwargs
+        what = {name: inputs.get(name) for name in ("labels", "input_ids", "attention_mask")}
         run = kwargs.pop(RUN, None)
-        call = self.new_call(labels=labels, prompt_mask=targets.pop("prompt_mask", None), targets=targets)
+        call = self.new_call(prompt_mask=targets.pop("prompt_mask", None), targets=targets, **what)
         with call:
             call.handed |= {} if run is None else {run.stack: run}
             output = forward(*args, **kwargs)

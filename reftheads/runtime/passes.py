@@ -166,8 +166,8 @@ class Run:
     readings: dict[NodeKey, Reading] = field(default_factory=dict)
     masks: Mapping[Positions, Bool[Tensor, "batch chunk"]] | None = None
     replayed: Replayed | None = None
-    _tokens: dict[torch.device, Tokens] = field(default_factory=dict)
-    _selections: dict[tuple[Positions, bool, torch.device], Selection | None] = field(default_factory=dict)
+    _tokens: dict[Any, Tokens] = field(default_factory=dict)
+    _selections: dict[Any, Selection | None] = field(default_factory=dict)
 
     def selection(
         self, positions: Positions, h: Float[Tensor, "batch chunk width"], may_mask: bool
@@ -178,13 +178,15 @@ class Run:
             may_mask: whether the selection may be a mask where there are few tokens: editing all of them and choosing
                 then takes less time than gathering some.
         """
-        key = (positions, may_mask, h.device)
+        # an image model may have fewer columns from block to block
+        where = h.device if self.shape is not None else (h.device, h.shape[1])
+        key = (positions, may_mask, where)
         if key not in self._selections:
             few = FEW if may_mask else 0
             if self.masks is not None:
                 self._selections[key] = positions.pick(self.masks[positions].to(h.device), few)
             else:
-                if h.device not in self._tokens:
-                    self._tokens[h.device] = self.frame.tokens(h)
-                self._selections[key] = positions.select(self._tokens[h.device], few)
+                if where not in self._tokens:
+                    self._tokens[where] = self.frame.tokens(h)
+                self._selections[key] = positions.select(self._tokens[where], few)
         return self._selections[key]

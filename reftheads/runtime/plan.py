@@ -1,6 +1,5 @@
 """Compiling: a graph and a model give a plan, in which every node knows its module, widths and turn."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,7 +8,7 @@ from reftheads._utils.lazy import cached
 from reftheads.architectures.addresses import Address, locate
 from reftheads.architectures.blocks import reads_other_stack
 from reftheads.architectures.paths import within
-from reftheads.architectures.structure import StackInfo, arguments, stacks
+from reftheads.architectures.structure import StackInfo, Structure, arguments
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.intervention import Edit, Head, Shape
 from reftheads.graph.node import Node
@@ -142,8 +141,8 @@ def compile_graph(graph: InterventionGraph, model: nn.Module) -> Plan:
         'model.layers.5'
         ```
     """
-    known = stacks(model)
-    plan = Plan(graph, tuple(_place(node, model, known) for node in graph), known)
+    structure = Structure.of(model)
+    plan = Plan(graph, tuple(_place(node, structure) for node in graph), structure.stacks)
     _check_targets(plan, model)
     owners = plan.owners()
     for planned in plan.nodes:
@@ -159,9 +158,10 @@ def compile_graph(graph: InterventionGraph, model: nn.Module) -> Plan:
     return plan
 
 
-def _place(node: Node, model: nn.Module, known: Sequence[StackInfo]) -> PlannedNode:
-    """Find the place of a node in a model of these stacks."""
-    address = locate(model, node.site, known)
+def _place(node: Node, structure: Structure) -> PlannedNode:
+    """Find the place of a node in a model."""
+    model = structure.model
+    address = locate(model, node.site, structure)
     module = model.get_submodule(address.module)
     input_width = _input_width(module)
     if node.intervention.needs_linear and (input_width is None or address.side == "input"):
@@ -211,6 +211,11 @@ def _check_targets(plan: Plan, model: nn.Module) -> None:
 def _check_order(plan: Plan, source: PlannedNode, reader: PlannedNode) -> None:
     """Raise `ValueError` for a source that does not run before its reader, for certain."""
     paths = [info.path for info in sorted(plan.stacks, key=lambda info: info.role != "encoder")]  # encoders run first
+    if source.address.stack != reader.address.stack and source.node.positions.bound != 1:
+        raise ValueError(
+            f"node {reader.node.name!r} reads {source.node.name!r} at positions {str(source.node.positions)!r} of "
+            "another stack, whose tokens are not its own: a source there selects one token a row, such as 'l1'"
+        )
     stacks_of = [paths.index(one.address.stack) if one.address.stack in paths else 0 for one in (source, reader)]
     if source.address.order is None or reader.address.order is None:
         if stacks_of[0] != stacks_of[1]:

@@ -143,6 +143,7 @@ class Call:
         training: whether the model is in training mode.
         generation: what `generate` started from, if the call is a pass of it.
         labels, prompt_mask, targets: what it was given that concerns the graph.
+        input_ids, attention_mask: what the base model was given.
         handed: runs of stacks that were made beforehand, by path.
         runs: of the stacks that are running, by path.
         readings: what has been read so far.
@@ -158,6 +159,8 @@ class Call:
     labels: Int[Tensor, "rows ..."] | None = None
     prompt_mask: Bool[Tensor, "rows columns"] | None = None
     targets: dict[str, Shaped[Tensor, "rows ..."]] = field(default_factory=dict)
+    input_ids: Int[Tensor, "rows columns"] | None = None
+    attention_mask: Any = None
     handed: dict[str, Run] = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
     readings: dict[NodeKey, Reading] = field(default_factory=dict)

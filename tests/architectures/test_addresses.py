@@ -4,14 +4,17 @@
 where `locate` says and look at those consumers, so that the table is independent of `locate`.
 """
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
-from support.architectures import CASES, CAUSAL, GQA, LAYERS, SMALL, B, Case, T
+from support.architectures import BART, CASES, CAUSAL, GQA, LAYERS, SMALL, B, Case, T
 from torch import Tensor, nn
 
 from reftheads.architectures.addresses import Address, locate
@@ -487,7 +490,6 @@ def test_a_site_is_normalised_to_the_model() -> None:
         ("llama", "model.embed_tokens", "output", 32, None),
         ("llama", "model.norm", "input", 32, (3, None)),
         ("qwen3", "model.layers.0.self_attn", "output", 32, (0, "attention_output")),
-        ("qwen3", "model.layers.0.self_attn.q_norm", "output", 16, None),
         ("gemma2", "model.layers.0.self_attn.o_proj", "output", 32, (0, "attention_output")),
         ("gemma2", "model.layers.0.mlp.down_proj", "output", 32, (0, "mlp_output")),
         ("gpt2", "transformer.h.2.attn.c_attn", "output", 96, (2, "query_output")),
@@ -554,11 +556,16 @@ def test_a_module_path_has_the_width_and_the_place_of_its_tensor(
             Site(component="model.layers.1.mlp.gate_prj"),
             "this llama has no module 'model.layers.1.mlp.gate_prj': did you mean 'model.layers.1.mlp.gate_proj' or ",
         ),
+        (
+            "qwen3",
+            Site(component="model.layers.0.self_attn.q_norm"),
+            "output of 'model.layers.0.self_attn.q_norm' in this qwen3 has the shape [3, 7, 4, 16] for 3 rows",
+        ),
         ("llama", Site(component="x.y"), "this llama has no module 'x.y': see model.named_modules()"),
         (
             "llama",
             Site(component="model.embed_tokens", side="input"),
-            "cannot tell how wide the input of 'model.embed_tokens' (Embedding) is: use one of the components",
+            "the input of 'model.embed_tokens' in this llama is no tensor of one shape",
         ),
         (
             "t5 encoder",
@@ -575,18 +582,172 @@ def test_an_error_says_what_was_given_and_what_is_allowed(name: str, site: Site,
 
 def test_a_model_without_blocks_is_addressed_by_module_path() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(3, 5)))
-    with pytest.raises(ValueError, match="no transformer blocks recognised in this Sequential: use the dotted path"):
+    with pytest.raises(
+        ValueError, match="no transformer blocks recognised in this Sequential: .*: use the dotted path"
+    ):
         locate(model, Site(0))
     address = locate(model, Site(component="0.0"))
     assert (address.width, address.stack, address.order) == (5, "", None)
 
 
 def test_what_cannot_be_told_from_the_structure_is_refused_rather_than_guessed() -> None:
-    codegen = tf.AutoModelForCausalLM.from_config(
-        tf.CodeGenConfig(vocab_size=40, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, n_positions=16)
-    )
-    assert locate(codegen, Site(0)).width == 32
-    with pytest.raises(ValueError, match="projections of its attention 'attn' are of no known form"):
-        locate(codegen, Site(0, "query_output"))
-    with pytest.raises(ValueError, match="this albert runs the same blocks several times"):
+    with pytest.raises(ValueError, match="this albert: it runs the same blocks several times"):
         locate(tf.AlbertModel(tf.AlbertConfig(**SMALL, embedding_size=16)), Site(0))
+
+
+# --- what a pass shows -----------------------------------------------------------------------------------------
+
+
+def tiny(config: tf.PretrainedConfig, auto: Any = tf.AutoModelForCausalLM) -> Any:
+    torch.manual_seed(0)
+    return auto.from_config(config).eval()
+
+
+@pytest.mark.parametrize("config", [tf.DeepseekV2Config, tf.DeepseekV3Config, tf.MiniCPM3Config])
+def test_a_query_of_latent_attention_changes_the_output_of_its_head_alone(config: type) -> None:
+    latent = dict(q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+    experts = {} if config is tf.MiniCPM3Config else dict(first_k_dense_replace=2)
+    model = tiny(config(**SMALL | dict(num_hidden_layers=2) | latent | experts))
+    query, output = (locate(model, Site(1, component, head=2)) for component in ("query_output", "head_output"))
+    assert (query.width, output.width) == (12, 6)
+    outputs: list[Tensor] = []
+    attach(model.get_submodule(output.module), "input", lambda h, _: outputs.append(h))
+    ids = torch.arange(3, 13)[None]
+
+    def zero(h: Tensor, _: Tensor) -> Tensor:
+        return h.index_fill(-1, torch.tensor(range(h.shape[-1])[query.index]), 0.0)
+
+    with torch.no_grad():
+        model(ids)
+        attach(model.get_submodule(query.module), "output", zero)
+        model(ids)
+    changed = (outputs[0] != outputs[1]).any(1)[0]
+    assert changed.nonzero().flatten().tolist() == list(range(12, 18))
+    with pytest.raises(ValueError, match="share a part of their keys"):
+        locate(model, Site(0, "key_output"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("xlm", "what leaves a member of 'transformer.attentions' is not what enters the next"),
+        ("flaubert", "what leaves a member of 'transformer.attentions' is not what enters the next"),
+        ("reformer", "what leaves a member of 'reformer.encoder.layers' is not what enters the next"),
+    ],
+)
+def test_a_list_is_of_blocks_where_each_is_given_what_the_one_before_returns(model_type: str, reason: str) -> None:
+    model = TINY[model_type]()
+    with pytest.raises(ValueError, match=f"no transformer blocks recognised.*{reason}"):
+        locate(model, Site(0))
+    path = next(path for path, module in model.named_modules() if isinstance(module, nn.Linear))
+    assert locate(model, Site(component=path)).width == model.get_submodule(path).out_features
+
+
+TINY: dict[str, Callable[[], Any]] = {
+    "xlm": lambda: tiny(tf.XLMConfig(vocab_size=40, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=64)),
+    "flaubert": lambda: tiny(
+        tf.FlaubertConfig(vocab_size=40, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=64),
+        tf.AutoModelForMaskedLM,
+    ),
+    "reformer": lambda: tiny(
+        tf.ReformerConfig(
+            vocab_size=40,
+            hidden_size=32,
+            feed_forward_size=48,
+            num_attention_heads=4,
+            attention_head_size=8,
+            axial_pos_shape=(4, 4),
+            axial_pos_embds_dim=(16, 16),
+            attn_layers=["local"] * 2,
+            is_decoder=False,
+            local_attn_chunk_length=4,
+            max_position_embeddings=16,
+        ),  # fmt: skip
+        tf.AutoModelForMaskedLM,
+    ),
+    "openai-gpt": lambda: tiny(tf.OpenAIGPTConfig(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
+    "mamba": lambda: tiny(tf.MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, state_size=4)),
+    "rwkv": lambda: tiny(tf.RwkvConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, context_length=64)),
+    "fnet": lambda: tiny(
+        tf.FNetConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, intermediate_size=48), tf.AutoModelForMaskedLM
+    ),
+    "granitemoeshared": lambda: tiny(
+        tf.GraniteMoeSharedConfig(**GQA, num_local_experts=4, shared_intermediate_size=16)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "causal"), [("openai-gpt", True), ("mamba", True), ("rwkv", True), ("fnet", False)]
+)
+def test_whether_tokens_see_later_ones_is_seen(model_type: str, causal: bool) -> None:
+    (info,) = stacks(TINY[model_type]())
+    assert (info.causal, len(info.blocks)) == (causal, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "causal"),
+    [(tf.PegasusXConfig, (False, True)), (tf.BigBirdPegasusConfig, (False, True)), (tf.LEDConfig, (False, True))],
+)
+def test_both_halves_of_an_encoder_decoder_model_look_as_they_do(config: type, causal: tuple[bool, bool]) -> None:
+    small = {k: v for k, v in BART.items() if k != "max_position_embeddings"} | dict(attention_window=[4] * 3)
+    model = tiny(config(**small), tf.AutoModelForSeq2SeqLM)
+    assert tuple(info.causal for info in stacks(model)) == causal
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "fnet"])
+def test_a_block_without_its_halves_is_the_identity(model_type: str) -> None:
+    """`attention_output` means the layer that mixes tokens, whatever it is called."""
+    model = TINY[model_type]()
+    seen: dict[str, Tensor] = {}
+    for component in ("attention_output", "mlp_output"):
+        with suppress(ValueError):  # a block of Mamba has one half
+            address = locate(model, Site(1, component))
+            attach(model.get_submodule(address.module), address.side, lambda h, _: torch.zeros_like(h))
+    for component in ("block_input", "block_output"):
+        address = locate(model, Site(1, component))
+        note = partial(lambda name, h, _: seen.__setitem__(name, h.clone()), component)
+        attach(model.get_submodule(address.module), address.side, note)
+    with torch.no_grad():
+        model(torch.arange(3, 13)[None])
+    norm = (
+        (lambda h: F.layer_norm(F.layer_norm(h, (32,), eps=1e-12), (32,), eps=1e-12))
+        if model_type == "fnet"
+        else (lambda h: h)
+    )
+    torch.testing.assert_close(seen["block_output"], norm(seen["block_input"]))
+
+
+def test_a_second_mlp_beside_the_experts_is_refused() -> None:
+    with pytest.raises(ValueError, match="beside one attention and one MLP, shared_mlp add"):
+        locate(TINY["granitemoeshared"](), Site(0, "mlp_output"))
+
+
+def test_a_module_that_no_pass_calls_is_refused() -> None:
+    """`nn.MultiheadAttention` reads the weights of its output projection without calling it."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.query = nn.Linear(8, 8)
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h + self.attention(self.query(h), h, h)[0]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(40, 8)
+            self.layers = nn.ModuleList([Block(), Block()])
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            h = self.embed(input_ids)
+            for layer in self.layers:
+                h = layer(h)
+            return h
+
+    model = Model().eval()
+    with pytest.raises(ValueError, match="'layers.0.attention.out_proj' does not run"):
+        locate(model, Site(component="layers.0.attention.out_proj"))
+    assert locate(model, Site(0)).width == 8

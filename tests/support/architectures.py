@@ -32,6 +32,17 @@ def grouped(qkv: Tensor, c: "Case") -> list[Tensor]:
     return [groups[..., :-2, :].flatten(2, 3), groups[..., -2, :], groups[..., -1, :]]
 
 
+def codegen(qkv: Tensor, c: "Case") -> list[Tensor]:
+    """Take apart a projection of four parts, each of queries, values and keys of its heads, in this order."""
+    parts = qkv.unflatten(-1, (4, 3, -1))
+    return split_qkv(*(parts[..., i, :].flatten(-2) for i in (0, 2, 1)), c)
+
+
+def gated(q: Tensor, k: Tensor, v: Tensor, c: "Case") -> list[Tensor]:
+    """Take apart three projections, the first of a query and a gate of one head after the other."""
+    return split_qkv(q.view(B, -1, c.heads, 2, c.d)[..., 0, :].flatten(-2), k, v, c)
+
+
 def multi_query(qkv: Tensor, c: "Case") -> list[Tensor]:
     """Take apart a projection of all queries and the one key and value that they share."""
     heads = qkv.view(B, -1, c.heads + 2, c.d)
@@ -205,6 +216,23 @@ def bart(stack: str, **names: Any) -> Case:
     )
 
 
+def bigcode(multi_query: bool, **names: Any) -> Case:
+    """Return a GPT-BigCode."""
+    config = tf.GPTBigCodeConfig(vocab_size=40, n_embd=32, n_layer=LAYERS, n_head=4, multi_query=multi_query)
+    return Case(
+        config,
+        auto=CAUSAL,
+        block="transformer.h.{}",
+        qkv=("attn.c_attn",),
+        o="attn.c_proj",
+        first="ln_1",
+        middle="ln_2",
+        up=("mlp.c_fc",),
+        down="mlp.c_proj",
+        **names,
+    )
+
+
 def opt(**config: Any) -> tf.OPTConfig:
     """Return the configuration of a small OPT."""
     small = {k: v for k, v in SMALL.items() if k != "intermediate_size"}
@@ -256,6 +284,36 @@ CASES = {
         middle="ln_2",
         up=("mlp.c_fc",),
         down="mlp.c_proj",
+    ),
+    "codegen": Case(
+        tf.CodeGenConfig(vocab_size=40, n_embd=32, n_layer=LAYERS, n_head=4, rotary_dim=4, n_positions=64),
+        auto=CAUSAL,
+        block="transformer.h.{}",
+        qkv=("attn.qkv_proj",),
+        split=codegen,
+        o="attn.out_proj",
+        first="ln_1",
+        middle=None,
+        up=("mlp.fc_in",),
+        down="mlp.fc_out",
+    ),
+    "gpt-bigcode, multi-query": bigcode(multi_query=True, kv=1, split=multi_query),
+    "gpt-bigcode, multi-head": bigcode(multi_query=False, split=interleaved),
+    "qwen3-next": llama(
+        tf.Qwen3NextConfig(
+            **WIDE,
+            layer_types=["full_attention"] * LAYERS,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+            decoder_sparse_step=1,
+        ),  # fmt: skip
+        d=16,
+        split=gated,
+        score_bias=True,  # the gate scales what a head gives
+        up=("mlp.gate",),
+        **EXPERTS,
     ),
     "neox": bloom(
         tf.GPTNeoXConfig(**SMALL),

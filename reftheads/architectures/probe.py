@@ -1,0 +1,312 @@
+"""One small pass through a model: which modules run, on tensors of which shapes, and which tokens they look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from reftheads._utils.eval_mode import evaluating
+from reftheads._utils.random_numbers import same_random_numbers
+from reftheads.architectures.paths import arguments, leaf, own_modules, parent, within
+from reftheads.architectures.sample import Inputs, samples
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+ROWS, TOKENS = 3, 7  # neither is a likely width, number of heads or length of a window
+_KEPT = 64  # models of which it is remembered what was seen
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Seen:
+    """What a pass saw of one module.
+
+    Attributes:
+        calls: how often it was called.
+        turn: how many calls of modules came before its first one.
+        entered, left: shapes of the tensors that its first argument was, and its output or the first element of that;
+            `None` if it was no tensor, or had another shape at another call.
+    """
+
+    calls: int = 0
+    turn: int = 0
+    entered: Shape | None = None
+    left: Shape | None = None
+
+
+@dataclass
+class ListSeen:
+    """What a pass saw of a list of modules.
+
+    Attributes:
+        order: the members in the order in which they were called.
+        chained: whether each was given what the one before had returned, unchanged.
+        causal: whether what leaves the last of them depends on no later token; `None` if that could not be seen.
+        by_token: whether what enters the first of them has a column for each token, in their order, and perhaps more.
+        of_text: whether the pass was one over tokens.
+        part: path of the module that was run.
+        norm: path of the first norm that is given what the last member returns, if there is one.
+    """
+
+    order: list[int] = field(default_factory=list)
+    chained: bool = True
+    causal: bool | None = None
+    by_token: bool = False
+    of_text: bool = True
+    part: str = ""
+    norm: str | None = None
+
+
+@dataclass
+class Observation:
+    """What a small pass through a model showed.
+
+    Attributes:
+        modules: by path, those that were called.
+        lists: by path, the lists of modules of which a member was called.
+        causal: whether what leaves the model depends on no later token; `None` if that could not be seen.
+        of_text: whether it was run on tokens.
+    """
+
+    modules: dict[str, Seen] = field(default_factory=dict)
+    lists: dict[str, ListSeen] = field(default_factory=dict)
+    causal: bool | None = None
+    of_text: bool = True
+
+    def within(self, path: str) -> bool:
+        """Return whether a module, or a part of it, was called."""
+        return any(within(seen, path) for seen in self.modules)
+
+
+_remembered: dict[Any, Any] = {}
+
+
+def remembered(model: nn.Module, what: Any, look: Callable[[], Any]) -> Any:
+    """Return what `look` shows of a model: it is done once per class, configuration and tree of modules."""
+    key = (what, *_key(model))
+    if key not in _remembered:
+        shown = look()
+        while len(_remembered) >= _KEPT:
+            _remembered.pop(next(iter(_remembered)), None)
+        _remembered[key] = shown
+    return _remembered[key]
+
+
+def observe(model: nn.Module) -> Observation:
+    """Return what a small pass shows of a model.
+
+    Text is three rows of seven tokens: the second differs from the first in its last token, the third, in an
+    encoder-decoder model, in the last token of the answer. A model that runs on none of the inputs shows nothing, and
+    so does one with weights on the meta device. Parts that the pass has not reached, such as the towers for images,
+    are run by themselves.
+    """
+    return remembered(model, "observation", lambda: _observe(model))
+
+
+def _observe(model: nn.Module) -> Observation:
+    observation = Observation()
+    if any(weight.is_meta for weight in model.parameters()) and not hasattr(model, "_hf_hook"):
+        return observation
+    _watch(model, "", observation)
+    for path in _unreached(model, observation):
+        _watch(model, path, observation)
+    return observation
+
+
+def rows_apart() -> tuple[Int[Tensor, "rows tokens"], Int[Tensor, "rows tokens"]]:
+    """Return numbers of tokens of an input and of an answer, in which one row each has another last token."""
+    ids = torch.arange(TOKENS).repeat(ROWS, 1)
+    answer = ids.clone()
+    ids[1, -1], answer[2, -1] = TOKENS, TOKENS
+    return ids, answer
+
+
+def run(
+    model: nn.Module,
+    ids: Int[Tensor, "rows tokens"],
+    answer: Int[Tensor, "rows tokens"],
+    begin: Callable[[Inputs], None],
+) -> bool:
+    """Run a model on the first of the samples that it takes, and return whether there was one.
+
+    Args:
+        begin: called with the sample before every attempt.
+    """
+    with torch.no_grad(), evaluating(model), _as_packed(model), same_random_numbers():
+        torch.manual_seed(0)
+        for inputs in samples(model, ids, answer):
+            begin(inputs)
+            with suppress(Exception):  # whatever it does not like about the sample
+                model(**inputs)
+                return True
+    return False
+
+
+@contextmanager
+def _as_packed(model: nn.Module) -> Iterator[None]:
+    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU: no gradient gets through these any more."""
+    name = "support_avx512bf16_for_cpu"
+    settings = [(module, getattr(module, name)) for module in model.modules() if hasattr(module, name)]
+    for module, _ in settings:
+        setattr(module, name, False)
+    try:
+        yield
+    finally:
+        for module, setting in settings:
+            setattr(module, name, setting)
+
+
+def _key(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    settings = config.to_json_string() if hasattr(config, "to_json_string") else id(model)
+    implementation = getattr(config, "_attn_implementation", None)
+    return type(model), settings, implementation, hash(tuple((path, type(m)) for path, m in own_modules(model)))
+
+
+def _unreached(model: nn.Module, observation: Observation) -> list[str]:
+    """Return the outermost parts of a model with a list of modules, and inputs of their own, that have not run."""
+    parts: list[str] = []
+    for path, module in own_modules(model):
+        if observation.within(path) or any(within(path, part) for part in parts):
+            continue
+        takes = {"input_ids", "pixel_values", "input_features", "input_values"} & set(arguments(module))
+        if takes and any(isinstance(m, nn.ModuleList) for m in module.modules()):
+            parts.append(path)
+    return parts
+
+
+def _watch(model: nn.Module, part: str, observation: Observation) -> None:
+    """Run a part of a model, and add what that shows to an observation."""
+    module = model.get_submodule(part)
+    watching = _Watching(model, part)
+    with watching.hooks(module):
+        finished = run(module, *rows_apart(), begin=watching.begin)
+    if not finished:
+        return
+    observation.modules |= watching.observation.modules
+    observation.lists |= watching.observation.lists
+    if not part:
+        observation.causal, observation.of_text = watching.observation.causal, watching.of_text
+
+
+class _Watching:
+    """Collects what a pass through a part of a model shows."""
+
+    def __init__(self, model: nn.Module, part: str):
+        self.part = part
+        self.modules = [(path, module) for path, module in own_modules(model) if within(path, part)]
+        self.lists = {path: len(module) for path, module in self.modules if isinstance(module, nn.ModuleList)}
+        self.begin({})
+
+    def begin(self, inputs: Inputs) -> None:
+        """Forget what an attempt showed that came to nothing."""
+        self.observation = Observation()
+        self.turn = 0
+        self.of_text = not inputs.keys().isdisjoint({"input_ids", "inputs_embeds"})  # an encoder's, not an answer
+        self._left: dict[str, Tensor | None] = {}  # by list, what the member that was called last has returned
+
+    @contextmanager
+    def hooks(self, module: nn.Module) -> Iterator[None]:
+        """Within, look at what each module is given and returns."""
+        with ExitStack() as hooks:
+            for path, module in self.modules:
+                first = next(iter(arguments(module)), "")
+                before, after = partial(self._before, path, first), partial(self._after, path)
+                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(after).remove)
+            yield
+
+    def _before(self, path: str, first: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        entered = hidden(args[0] if args else kwargs.get(first))
+        seen = self.observation.modules.setdefault(path, Seen())
+        shape = None if entered is None else tuple(entered.shape)
+        seen.entered = shape if not seen.calls or seen.entered == shape else None
+        seen.turn = seen.turn if seen.calls else self.turn
+        seen.calls += 1
+        self.turn += 1
+        if parent(path) in self.lists:
+            of_list = self.observation.lists.setdefault(parent(path), ListSeen(part=self.part))
+            before = self._left.get(parent(path))
+            if of_list.order:
+                of_list.chained &= before is not None and entered is not None and same(before, entered)
+            else:
+                of_list.by_token = entered is not None and _by_token(entered)
+                of_list.of_text = of_list.by_token or self.of_text
+            of_list.order.append(int(leaf(path)))
+
+        if entered is not None and "norm" in type(module).__name__.lower():
+            self._notice_norm(path, entered)
+
+    def _notice_norm(self, path: str, entered: Tensor) -> None:
+        """Note a norm that is given what the last member of a list has returned."""
+        for of_list, left in self._left.items():
+            seen = self.observation.lists[of_list]
+            done = seen.order[-1] == self.lists[of_list] - 1 and not within(path, of_list)
+            if done and seen.norm is None and left is not None and same(left, entered):
+                seen.norm = path
+
+    def _after(self, path: str, module: nn.Module, args: tuple, output: Any) -> None:
+        left = hidden(output)
+        seen = self.observation.modules[path]
+        shape = None if left is None else tuple(left.shape)
+        seen.left = shape if seen.calls == 1 or seen.left == shape else None
+        if parent(path) in self.lists:
+            self._left[parent(path)] = None if left is None else left.clone()
+            of_list = self.observation.lists[parent(path)]
+            of_list.causal = _causal(left) if of_list.of_text else None
+        elif path == self.part:
+            self.observation.causal = _causal(left) if self.of_text else None
+
+
+def hidden(value: Any) -> Tensor | None:
+    """Return what is taken for hidden states: a tensor of numbers, or the first element of a tuple or list."""
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
+    elif isinstance(value, dict) and value:  # an output of transformers
+        value = next(iter(value.values()))
+    return value if isinstance(value, Tensor) and value.is_floating_point() else None
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have the same values."""
+    if one is other:
+        return True
+    return one.shape == other.shape and torch.equal(one, other.to(one.device))
+
+
+def _columns_apart(h: Tensor) -> list[list[int]]:
+    """Return of each row but the first the columns in which it differs from the first, [rows columns …]."""
+    noise = 20 * torch.finfo(h.dtype).eps
+    h = h.detach().float()
+    apart = (h[1:] - h[:1]).abs().flatten(2).amax(2) > noise * h.abs().max()
+    return [row.nonzero().flatten().tolist() for row in apart]
+
+
+def _in_rows(h: Tensor) -> Tensor | None:
+    """Return a tensor of hidden states as [rows columns width]; `None` if it has another form."""
+    if h.ndim == 2 and h.shape[0] == ROWS * TOKENS:
+        return h.unflatten(0, (ROWS, TOKENS))
+    if h.ndim == 3 and tuple(h.shape[:2]) == (TOKENS, ROWS):
+        return h.transpose(0, 1)
+    return h if h.ndim == 3 and h.shape[0] == ROWS and h.shape[1] > 1 else None
+
+
+def _causal(h: Tensor | None) -> bool | None:
+    """Return whether rows that differ in their last token differ in no earlier one; `None` if none differ."""
+    rows = None if h is None else _in_rows(h)
+    apart = [] if rows is None else [columns for columns in _columns_apart(rows[:, :TOKENS]) if columns]
+    return any(columns == [TOKENS - 1] for columns in apart) if apart else None
+
+
+def _by_token(h: Tensor) -> bool:
+    """Return whether rows that differ in their last token differ in its column alone."""
+    rows = _in_rows(h)
+    return rows is not None and any(columns == [TOKENS - 1] for columns in _columns_apart(rows))
