@@ -30,6 +30,7 @@ class Components:
 
     def node(self, what: rh.Node | object, component: str, layer: int | None, **options) -> rh.Node:
         """Return a node at a component of this stack."""
+        layer = None if layer is None else self.stack.chain.numbers[layer]
         return rh.Node(what, layer, component, stack=self.stack.role, **options)  # type: ignore[arg-type]
 
     def read(self, component: str, layer: int | None) -> Tensor:
@@ -99,11 +100,12 @@ class Components:
             if not same(self.read("block_input", layer), self.entering(layer)):
                 raise Wrong(f"block_input[{layer}] is not what enters {chain.blocks[layer]}")
             self.adds("block_input", layer, [chain.into[layer]])
+        beyond = len(self.exam.base.get_submodule(chain.path))
         try:
-            self.read("block_output", len(chain.blocks))
+            self.exam.model(rh.Node(rh.Collect(), beyond, stack=self.stack.role))
         except ValueError:
             return
-        raise Wrong(f"there is a block {len(chain.blocks)}")
+        raise Wrong(f"there is a block {beyond}")
 
     def embeddings(self) -> None:
         """Check `embedding_output`: what enters the first block."""
@@ -246,10 +248,16 @@ class Components:
             places = self.exam.record.places(read, inside or block)
             leaves = [p for p in places if p.side == "input" and self._projects(p.path)]
             if inside in ("", block):
-                leaves = [p for p in leaves if "attn" in p.path or "attention" in p.path]
+                leaves = [p for p in leaves if "att" in p.path.removeprefix(block)]
             if not leaves:
                 leaves = [p for p in places if p.side == "input"][-1:]
-            self.adds("attention_input", layer, leaves)
+            try:
+                self.adds("attention_input", layer, leaves)
+            except Wrong:  # something in it reads its input without a module
+                whole = [p for p in places if p.side == "input" and p.path == inside]
+                if not whole:
+                    raise
+                self.adds("attention_input", layer, whole)
 
     def _leaf(self, path: str) -> bool:
         """Return whether a module has none inside."""
@@ -266,6 +274,9 @@ class Components:
         for component in ("query_output", "key_output", "value_output"):
             if (value := self.known(component, layer)) is not None:
                 paths += [p.path for p in self._columns(value, block)][:1]
+        if not paths and (value := self.known("attention_input", layer)) is not None:
+            reads = [p.path for p in self.exam.record.places(value, block) if p.side == "input"]
+            paths = [path for path in reads if self._projects(path) and "att" in path.removeprefix(block)]
         if not paths and (value := self.known("attention_output", layer)) is not None:
             paths = [p.path for p in self._outputs(layer, value)]
         if not paths:
@@ -340,12 +351,14 @@ class Components:
                 if self.known(component, layer) is None:
                     continue
                 size = size_of(self.read(component, layer))
+                if before.shape[0] <= MIDDLE:
+                    raise Wrong(f"the library reads {before.shape[0]} tokens where there are more")
                 once, twice = (self.heads_after(layer, component, factor * size) for factor in (1, 2))
                 moved = (once - before).abs().amax(-1) > 1e-9 * before.abs().max()
                 alone = torch.zeros_like(moved)
                 alone[MIDDLE] = True
                 if not moved.any():
-                    raise Wrong(f"{component}[{layer}] has no effect on the heads")
+                    raise Nothing(f"{component}[{layer}] has no effect on the heads")
                 near = alone.clone()
                 near[MIDDLE : MIDDLE + 4] = True  # a convolution over a few tokens may follow the projection
                 if component == "query_output" and bool((moved & ~near).any() or not moved[MIDDLE]):

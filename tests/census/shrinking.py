@@ -145,10 +145,8 @@ TYPES: dict[str, dict[str, Any]] = {
     },
     "dots3_note_audio_encoder": {"adapter_input_size": WIDTH},
     "dots3_note_text": _NO_RANKS | _DOTS3,
-    "emu3": {
-        "vocabulary_map": {"<image>": VOCAB - 1, "<|extra_200|>": VOCAB - 2, "<|visual token 000000|>": VOCAB - 3}
-    },
-    "esm": {"vocab_size": VOCAB, "mask_token_id": 5},
+    "emu3": {"vocabulary_map": {"<image>": VOCAB - 1, "<|extra_200|>": VOCAB - 2, "<|visual token 000000|>": VOCAB - 3}},
+    "esm": {"vocab_size": VOCAB, "mask_token_id": 5, "pad_token_id": 0},
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
         "moe_num_experts": 4,
@@ -214,6 +212,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "perceiver": {
         "num_latents": 8,
+        "num_blocks": 1,
         "d_latents": WIDTH,
         "d_model": WIDTH,
         "num_self_attends_per_block": LAYERS,
@@ -241,6 +240,12 @@ TYPES: dict[str, dict[str, Any]] = {
     "swin": _STAGES,
     "swinv2": _STAGES | {"pretrained_window_sizes": (0, 0)},
     "donut-swin": _STAGES,
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "layoutlmv3": {"visual_embed": False, "coordinate_size": 4, "shape_size": 8},
+    "neomme_text": {"head_dim": 16},
+    "nystromformer": {"num_landmarks": 4, "segment_means_seq_len": 12},
+    "xlstm": {"num_heads": HEADS, "qk_dim_factor": 0.5},
+    "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 6,
         "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2,

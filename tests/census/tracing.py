@@ -136,13 +136,15 @@ class Chain:
 
     Attributes:
         path: of the list that holds them.
-        blocks: their paths.
+        blocks: their paths; a block that does not run, as a cross-attention without images, is none.
+        numbers: the place of each in the list.
         exact: whether what leaves each is what enters the next.
         into, out: where the residual stream enters and leaves each.
     """
 
     path: str
     blocks: tuple[str, ...]
+    numbers: tuple[int, ...]
     exact: bool
     into: tuple[Place, ...]
     out: tuple[Place, ...]
@@ -160,8 +162,10 @@ def chains(model: nn.Module, record: Trace, tokens: Tensor | None = None) -> lis
             continue
         if any(f"{path}.".startswith(f"{block}.") for chain in found for block in chain.blocks):
             continue
-        blocks = tuple(f"{path}.{i}" if path else str(i) for i in range(len(module)))
-        if [c for c in record.calls if c in blocks] != list(blocks):
+        members = {f"{path}.{i}" if path else str(i): i for i in range(len(module))}
+        blocks = tuple(c for c in record.calls if c in members)
+        numbers = tuple(members[block] for block in blocks)
+        if len(blocks) < 2 or list(numbers) != sorted(set(numbers)):
             continue
         steps = [_through(record, block) for block in blocks]
         if any(step is None for step in steps):
@@ -171,7 +175,7 @@ def chains(model: nn.Module, record: Trace, tokens: Tensor | None = None) -> lis
         if len({(a.value.shape, b.value.shape) for a, b in pairs}) > 1:
             continue
         into, out = tuple(a.place for a, _ in pairs), tuple(b.place for _, b in pairs)
-        found.append(Chain(path, blocks, exact, into, out))
+        found.append(Chain(path, blocks, numbers, exact, into, out))
     return sorted(found, key=lambda chain: record.calls.index(chain.blocks[0]))
 
 

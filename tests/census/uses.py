@@ -43,6 +43,8 @@ class Uses:
     @property
     def causal(self) -> bool:
         """Return whether a token of this stack sees none that comes later, by trying."""
+        if self._causal is None and self.subject.species.group in ("encoder", "classifier"):
+            self._causal = False
         if self._causal is None:
             name = "decoder_input_ids" if self.stack.role == "decoder" else self.subject.ids
             if name is None or name not in self.exam.alone:
@@ -60,7 +62,7 @@ class Uses:
 
     def edit(self, rule: Any, layer: int | None = None, kind: Any = None, **options: Any) -> rh.Node:
         """Return an edit after a block in the middle."""
-        where = self.stack.middle if layer is None else layer
+        where = self.stack.chain.numbers[self.stack.middle if layer is None else layer]
         return rh.Node(kind or rh.LoReFT(rank=2), where, positions=rule, stack=self.stack.role, name="edit", **options)
 
     def model(self, *nodes: rh.Node, base: Any = None) -> rh.InterventionModel:
@@ -82,6 +84,8 @@ class Uses:
         r, w, b = (getattr(node, letter).detach() for letter in ("R", "W", "b"))
 
         def change(h: Tensor) -> Tensor:
+            if h.shape[-1] != r.shape[-1]:
+                raise Wrong(f"the library says that blocks are {r.shape[-1]} wide, and they are {h.shape[-1]}")
             new = h.clone().reshape(len(wanted), -1, h.shape[-1])
             for i, row in enumerate(wanted):
                 x = new[i, row]
@@ -263,8 +267,10 @@ class Uses:
 
     def _graph(self) -> list[rh.Node]:
         """Return an edit at the prompt's last token and a head above it."""
-        last = len(self.stack.chain.blocks) - 1
-        head = rh.Node(rh.LinearHead(3, target="y"), last, positions="l1", stack=self.stack.role, name="head")
+        last = self.stack.chain.numbers[-1]
+        head = rh.Node(
+            rh.LinearHead(3, target="y"), last, positions="l1", stack=self.stack.role, name="head"
+        )
         return [self.edit("l1"), head]
 
     def reuse(self) -> None:
@@ -323,7 +329,8 @@ class Uses:
         done = 0
         refusal: Exception | None = None
         for component in ("query_output", "mlp_output", "attention_output"):
-            node = rh.Node(rh.LoRA(rank=2), self.stack.middle, component, stack=self.stack.role, name="lora")
+            layer = self.stack.chain.numbers[self.stack.middle]
+            node = rh.Node(rh.LoRA(rank=2), layer, component, stack=self.stack.role, name="lora")
             try:
                 model = self.model(node)
             except ValueError as error:
@@ -374,7 +381,7 @@ class Uses:
         linear = [s for s in seen if isinstance(self.exam.base.get_submodule(s.place.path), nn.Linear)]
         shape = next(s.value.shape for s in self.exam.record.seen if s.place == self.stack.chain.out[0])
         fit = [s for s in linear if s.value.shape[:-1] == shape[:-1]]
-        return (fit or linear or seen)[-1].place
+        return (fit or linear or seen)[-1].place if seen else self.stack.chain.out[self.stack.middle]
 
 
 def weights_of(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
