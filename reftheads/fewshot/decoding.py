@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from reftheads._utils.eval_mode import evaluating
-from reftheads.architectures.structure import arguments
+from reftheads.architectures.paths import arguments
 from reftheads.data.encoding import encode_continuations
 from reftheads.fewshot.prompts import Prompt, encode_prompt
 from reftheads.runtime.interventions import Interventions

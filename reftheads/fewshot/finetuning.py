@@ -9,8 +9,8 @@ from typing import NamedTuple
 from torch import nn
 
 from reftheads.adapter.model import InterventionModel
-from reftheads.architectures.paths import within
-from reftheads.architectures.structure import StackInfo, own_modules, stacks
+from reftheads.architectures.paths import own_modules, within
+from reftheads.architectures.structure import StackInfo, stacks
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.intervention import Head
 from reftheads.graph.node import Node

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reftheads._utils.eval_mode import evaluating
 from reftheads.adapter.model import InterventionModel
-from reftheads.architectures.structure import arguments
+from reftheads.architectures.paths import arguments
 from reftheads.data.collator import Collator
 from reftheads.reuse.store import ActivationStore
 

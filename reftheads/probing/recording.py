@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from reftheads._utils.eval_mode import evaluating
 from reftheads._utils.memory import free_bytes
 from reftheads.adapter.model import InterventionModel
-from reftheads.architectures.structure import arguments
+from reftheads.architectures.paths import arguments
 from reftheads.data.rows import prompt_mask
 from reftheads.graph.intervention import Params
 from reftheads.inference.prediction import batches, device_of, reusing_where_possible

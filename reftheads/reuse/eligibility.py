@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from reftheads._utils.lazy import cached
-from reftheads.architectures.structure import arguments, own_modules
+from reftheads.architectures.paths import arguments, own_modules
 from reftheads.reuse.cone import Cone
 from reftheads.reuse.facts import Facts
 from reftheads.reuse.frozen import has_usual_loss, keeps_pieces, output_of_block, shifts_labels

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from reftheads._utils.lazy import cached
-from reftheads.architectures.structure import StackInfo, arguments, stacks
+from reftheads.architectures.paths import arguments
+from reftheads.architectures.structure import StackInfo, stacks
 from reftheads.graph.intervention import Head
 from reftheads.reuse.fingerprint import Fingerprint
 from reftheads.runtime.interventions import Interventions

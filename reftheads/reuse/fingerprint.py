@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reftheads.architectures.structure import own_modules
+from reftheads.architectures.paths import own_modules
 
 
 def digest(*parts: str | int | bytes) -> str:

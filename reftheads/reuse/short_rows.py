@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reftheads.architectures.structure import arguments
+from reftheads.architectures.paths import arguments
 from reftheads.graph.intervention import IGNORE
 from reftheads.reuse.facts import Facts
 

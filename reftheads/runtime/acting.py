@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reftheads.architectures.addresses import Form
+from reftheads.architectures.address import Form
 from reftheads.graph.intervention import Context, Params, Reader
 from reftheads.graph.selection import Selection
 from reftheads.runtime.node_module import NodeModule

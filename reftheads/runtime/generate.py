@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import ModelOutput
 
-from reftheads.architectures.structure import arguments
+from reftheads.architectures.paths import arguments
 from reftheads.runtime.hooks import Around, ending
 from reftheads.runtime.interventions import Interventions
 from reftheads.runtime.lineage import PREPARED, Generation

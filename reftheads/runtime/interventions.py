@@ -23,7 +23,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from reftheads.architectures.structure import StackInfo, arguments
+from reftheads.architectures.paths import arguments
+from reftheads.architectures.structure import StackInfo
 from reftheads.runtime.acting import touch
 from reftheads.runtime.checkpointing import keep_calls, keep_no_calls
 from reftheads.runtime.frame import BaseKind, frame_of

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from reftheads._utils.lazy import cached
-from reftheads.architectures.addresses import Address, locate
-from reftheads.architectures.blocks import reads_other_stack
-from reftheads.architectures.paths import within
+from reftheads.architectures.address import Address
+from reftheads.architectures.addresses import locate
+from reftheads.architectures.names import reads_other_stack
+from reftheads.architectures.paths import arguments, within
 from reftheads.architectures.sharding import Parts, holds_a_part, parts_of
-from reftheads.architectures.structure import StackInfo, Structure, arguments
+from reftheads.architectures.structure import StackInfo, Structure
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.intervention import Edit, Head, Shape
 from reftheads.graph.node import Node

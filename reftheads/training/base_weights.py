@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from reftheads.architectures.structure import own_modules
+from reftheads.architectures.paths import own_modules
 
 _FOLDER = "base"
 

@@ -17,7 +17,8 @@ import transformers as tf
 from support.architectures import BART, CASES, CAUSAL, GQA, LAYERS, SMALL, B, Case, T
 from torch import Tensor, nn
 
-from reftheads.architectures.addresses import Address, locate
+from reftheads.architectures.address import Address
+from reftheads.architectures.addresses import locate
 from reftheads.architectures.structure import stacks
 from reftheads.graph.site import BLOCK_COMPONENTS, COMPONENTS, HEAD_COMPONENTS, Site
 from reftheads.runtime.hooks import attach
