@@ -5,11 +5,11 @@ from collections import Counter
 from pathlib import Path
 
 from rich.progress import Progress
+from support.paths import ROOT
 
 from census.building import everything
 from census.report import write
 from census.running import apart, census, prepare, verdict
-from support.paths import ROOT
 
 
 def main() -> None:

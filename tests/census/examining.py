@@ -103,7 +103,9 @@ class Exam:
             return [Stack("encoder", lists[0]), Stack("decoder", lists[-1])]
         if self.subject.ids is not None:
             width = len(self.row)
-            lists = [c for c in lists if width in self.record.values(c.blocks[0], c.into[0].side)[0].shape[:-1]] or lists
+            lists = [
+                c for c in lists if width in self.record.values(c.blocks[0], c.into[0].side)[0].shape[:-1]
+            ] or lists
         best = [c for c in lists if c.exact] or lists
         return [Stack(None, best[-1])] if best else []
 

@@ -54,7 +54,9 @@ def write(results: Path, page: Path) -> None:
     built = sum(counts.values()) - counts[NOTHING]
     words = [f"{count} {word}" for word, count in sorted(counts.items(), key=lambda pair: -pair[1]) if word != NOTHING]
     said = f"**{built} types examined: {', '.join(words)}.** {counts[NOTHING]} others cannot be built here."
-    text = _INTRODUCTION.format(transformers=transformers.__version__, torch=torch.__version__.split("+")[0], counts=said)
+    text = _INTRODUCTION.format(
+        transformers=transformers.__version__, torch=torch.__version__.split("+")[0], counts=said
+    )
     for group in GROUPS:
         text += _section(group, [row for entry, row in entries if entry.group == group])
     page.write_text(text, encoding="utf-8")

@@ -97,6 +97,7 @@ _NEEDED = ("num_experts_per_tok",)
 SPECIAL = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 2, "sep": 3, "cls": 4, "mask": 5, "unk": 6}
 _SUFFIXES = ("_token_id", "_token_index", "_id", "_index")
 
+
 class _Keep:
     """Mark a field that keeps its default."""
 
@@ -130,14 +131,23 @@ TYPES: dict[str, dict[str, Any]] = {
     },
     "cosmos3_edge_text": _FOUR_SECTIONS,
     "cvt": {"embed_dim": (16, 32), "num_heads": (2, 4), "depth": (1, 2), "patch_sizes": (3, 3)},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 24}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 24},
+    },
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * 3},
     "diffusion_gemma_text": {"num_experts": 4, "moe_intermediate_size": 24, "top_k_experts": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
-    "dots3_note_vision_encoder": {"pyramid_num_routed": [-1, -1, 2, 4], "adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},
+    "dots3_note_vision_encoder": {
+        "pyramid_num_routed": [-1, -1, 2, 4],
+        "adapter_in_dim": WIDTH,
+        "adapter_out_dim": WIDTH,
+    },
     "dots3_note_audio_encoder": {"adapter_input_size": WIDTH},
     "dots3_note_text": _NO_RANKS | _DOTS3,
-    "emu3": {"vocabulary_map": {"<image>": VOCAB - 1, "<|extra_200|>": VOCAB - 2, "<|visual token 000000|>": VOCAB - 3}},
+    "emu3": {
+        "vocabulary_map": {"<image>": VOCAB - 1, "<|extra_200|>": VOCAB - 2, "<|visual token 000000|>": VOCAB - 3}
+    },
     "esm": {"vocab_size": VOCAB, "mask_token_id": 5, "pad_token_id": 0},
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},

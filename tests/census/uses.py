@@ -67,7 +67,9 @@ class Uses:
 
     def model(self, *nodes: rh.Node, base: Any = None) -> rh.InterventionModel:
         """Return a copy of the model with a graph whose weights are random."""
-        made = rh.InterventionModel(copy.deepcopy(self.exam.base if base is None else base), rh.InterventionGraph(*nodes))
+        made = rh.InterventionModel(
+            copy.deepcopy(self.exam.base if base is None else base), rh.InterventionGraph(*nodes)
+        )
         made = made.to(self.subject.dtype).eval()
         torch.manual_seed(4)
         with torch.no_grad():
@@ -266,9 +268,7 @@ class Uses:
     def _graph(self) -> list[rh.Node]:
         """Return an edit at the prompt's last token and a head above it."""
         last = self.stack.chain.numbers[-1]
-        head = rh.Node(
-            rh.LinearHead(3, target="y"), last, positions="l1", stack=self.stack.role, name="head"
-        )
+        head = rh.Node(rh.LinearHead(3, target="y"), last, positions="l1", stack=self.stack.role, name="head")
         return [self.edit("l1"), head]
 
     def reuse(self) -> None:
