@@ -37,8 +37,8 @@ _all(
     64,
     """intermediate_size d_ff ffn_dim ffn_hidden_size dim_ff dff n_inner encoder_ffn_dim decoder_ffn_dim hidden_dim
     mlp_dim ff_dim feed_forward_size projector_hidden_size projection_hidden_dim dense_intermediate_size
-    projection_hidden_size intermediate_size_mlp speech_encoder_intermediate_size t2u_encoder_ffn_dim t2u_decoder_ffn_dim
-    projection_intermediate_size alignment_intermediate_size""",
+    projection_hidden_size intermediate_size_mlp speech_encoder_intermediate_size t2u_encoder_ffn_dim
+    t2u_decoder_ffn_dim     projection_intermediate_size alignment_intermediate_size""",
 )
 _all(
     24,

@@ -1,4 +1,4 @@
-"""What the modules of a model take and give in one pass, and changes made there by hand: it knows nothing of the library."""
+"""What modules take and give in one pass, and changes made there by hand: it knows nothing of the library."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
