@@ -246,7 +246,7 @@ class Uses:
             sequences, got = self._generate(model, batch)
             alone, without = self._generate(model, batch, use_cache=False)
             if cached_agrees:
-                self.exam.equal(got, without, f"{rule}: with a cache, against without,", 100)
+                self.exam.equal(got, without, f"{rule}: with a cache, against without,", 1000)
             if not forced_agrees:
                 if not cached_agrees:
                     raise Nothing("the model itself gives something else with a cache")
@@ -255,7 +255,7 @@ class Uses:
                 sequences, got = alone, without
             wanted = self._wanted(rule, batch, sequences)
             expected = self._forced(sequences, batch, self.by_hand(model, wanted))
-            self.exam.equal(got, expected, f"{rule}: generated, against by hand,", 100)
+            self.exam.equal(got, expected, f"{rule}: generated, against by hand,", 1000)
 
     def _wanted(self, rule: str, batch: dict[str, Tensor], sequences: Tensor) -> list[list[int]]:
         """Return the columns of a rule when rows were generated."""
@@ -343,6 +343,8 @@ class Uses:
             weight = linear.weight if isinstance(getattr(linear, "weight", None), nn.Parameter) else None
             if weight is None or weight.ndim != 2:
                 raise Nothing(f"{component} is no linear map")
+            if sum(module._parameters.get("weight") is weight for module in merged.modules()) > 1:
+                raise Nothing("other blocks share the weight")
             target = weight.data.T if type(linear).__name__ == "Conv1D" else weight.data
             target[address.index] += product * (2 / 2)
             self.exam.equal(self.exam.output(model), self.exam.output(merged), f"LoRA at {component}", 10)
