@@ -44,12 +44,19 @@ class Trace:
     def places(self, value: Tensor, within: str = "") -> list[Place]:
         """Return where a tensor of exactly these values passed, whatever its shape."""
         inside = (s for s in self.seen if not within or f"{s.place.path}.".startswith(f"{within}."))
-        return list(dict.fromkeys(s.place for s in inside if same(s.value, value)))
+        return list(dict.fromkeys(s.place for s in inside if covers(s.value, value)))
 
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors hold the same features of the same tokens."""
     return a.numel() == b.numel() and a.shape[-1] == b.shape[-1] and torch.equal(flat(a), flat(b))
+
+
+def covers(h: Tensor, value: Tensor) -> bool:
+    """Return whether a tensor holds these features, and at most padding that the model adds by itself after them."""
+    rows, wanted = flat(h), flat(value)
+    longer = wanted.shape[0] < rows.shape[0] < 2 * wanted.shape[0] and rows.shape[1] == wanted.shape[1]
+    return same(h, value) or longer and torch.equal(rows[: wanted.shape[0]], wanted)
 
 
 def flat(h: Tensor) -> Tensor:
