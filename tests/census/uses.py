@@ -118,6 +118,7 @@ class Uses:
     def rows(self) -> None:
         """Check that a rule means the same tokens in a ragged batch, padded on either side."""
         for side, batch, tokens in self._batches():
+            self._runs(batch)
             for rule in RULES:
                 model = self.model(self.edit(rule))
                 changes = self.by_hand(model, [columns(rule, row) for row in tokens])
@@ -138,6 +139,8 @@ class Uses:
             raise Nothing("no rows of tokens")
         rows, seen = words(), 0
         for side, batch, tokens in self._batches():
+            for inputs in (batch, self.subject.batch([rows[-1]])):
+                self._runs(inputs)
             plain = self.exam.output(self.exam.base, batch)
             singles = [self.exam.output(self.exam.base, self.subject.batch([row])) for row in rows]
             if not self._same_rows(plain, singles, tokens):
