@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quick census check format bench docs pictures clean
+.PHONY: demo test quick fuzz census check format bench docs pictures clean
 
 # torch first and alone: a range would take the newest build, which brings gigabytes of CUDA packages
 .venv/base: constraints.txt
@@ -30,6 +30,10 @@ test: .venv/dev
 # one test of each claim, for the inner loop
 quick: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal --quick
+
+# many random graphs against hooks by hand; docs/reliability.md says what is compared
+fuzz: .venv/dev
+	$(BIN)/python -m tests.fuzz --graphs 2000
 
 # every model type of transformers: about an hour on two cores; it goes on where it was stopped
 census: .venv/dev

@@ -4,20 +4,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 EMBEDDED = {"tiny-chat": Path(__file__).parent / "tiny_chat"}
+# options of `from_pretrained` that say where files are, and so hold for configuration, model and tokenizer
+_WHERE = "revision subfolder token cache_dir local_files_only force_download proxies code_revision".split()
 
 
+@torch.inference_mode(False)  # through what is loaded within it no gradient would pass
 def load_base(
     name: str = "tiny-chat",
     *,
@@ -25,6 +31,7 @@ def load_base(
     auto_class: Any = None,
     dtype: str | torch.dtype | None = None,
     dropout: bool = True,
+    trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model, in evaluation mode, and its tokenizer.
@@ -35,16 +42,22 @@ def load_base(
     Args:
         name: "tiny-chat", the toy chat model that comes with the package; or a local path or Hub id.
         bits: 4 (nf4, double quantisation) or 8, by bitsandbytes; `None` leaves the weights as they are.
-        auto_class: such as `AutoModelForSequenceClassification`; left out, the checkpoint's own kind:
-            a language model if it is one, else the bare encoder.
+        auto_class: such as `AutoModelForSequenceClassification`; left out, the checkpoint's own kind: the class that
+            generates if it is one, of text, images or sounds, else the bare body.
         dtype: of the weights; left out, float32 for the embedded model and the checkpoint's own for others.
         dropout: `False` sets every dropout probability of the model's configuration to 0. A base model whose dropout
             is active while its adapter is trained computes something new in every step, so that nothing of it can
             be reused.
+        trust_remote_code: whether Python code that comes with the checkpoint may run, for its configuration, model and
+            tokenizer. Without it none runs, and nobody is asked.
         kwargs: go to `from_pretrained`, such as `device_map` or `revision`.
 
+    Returns:
+        The model and its tokenizer; `None` in its place where a model of images or sounds has none.
+
     Raises:
-        ValueError: bits other than 4 and 8, or bits together with a `quantization_config`.
+        ValueError: bits other than 4 and 8, or bits together with a `quantization_config`; a checkpoint that needs code
+            of its own, without `trust_remote_code=True`.
         OSError: transformers finds no model of that name.
 
     Example:
@@ -64,11 +77,17 @@ def load_base(
         kwargs["quantization_config"] = _quantisation(bits)
     if dtype is None:
         dtype = "float32" if name in EMBEDDED else "auto"
-    where = {name: kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in kwargs}
+    where: dict[str, Any] = {name: kwargs[name] for name in _WHERE if name in kwargs}
+    where["trust_remote_code"] = trust_remote_code
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path, **where)
     if not dropout:
-        kwargs["config"] = _without_dropout(kwargs.pop("config", None) or AutoConfig.from_pretrained(path, **where))
-    model = (auto_class or _auto_class(path, **where)).from_pretrained(path, dtype=dtype, **kwargs).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        _drop_nothing(config)
+    model_class = auto_class or _model_class(config, trust_remote_code)
+    kwargs |= {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    model = model_class.from_pretrained(path, **kwargs).eval()
+    tokenizer = _tokenizer(path, model, where)
+    if tokenizer is None:
+        return model, None  # type: ignore[return-value]
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if not model.config.is_encoder_decoder and model.can_generate():
@@ -76,13 +95,22 @@ def load_base(
     return model, tokenizer
 
 
-def _without_dropout(config: Any) -> Any:
-    """Set every probability of dropout in a configuration to 0."""
-    for name in config.to_dict():
-        drops = "drop" in name or name == "jitter_noise"
-        if drops and isinstance(getattr(config, name, None), float):
+def _tokenizer(path: str, model: PreTrainedModel, where: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(path, **where)
+    except (OSError, TypeError, ValueError):  # by the kind of tokenizer that has no files
+        if model.main_input_name == "input_ids":
+            raise
+        return None
+
+
+def _drop_nothing(config: PretrainedConfig) -> None:
+    """Set every probability of dropout in a configuration, and in those that it is made of, to 0."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):
+            _drop_nothing(value)
+        elif isinstance(value, float) and ("drop" in name or name == "jitter_noise"):
             setattr(config, name, 0.0)
-    return config
 
 
 def _quantisation(bits: int) -> BitsAndBytesConfig:
@@ -94,12 +122,23 @@ def _quantisation(bits: int) -> BitsAndBytesConfig:
     )
 
 
-def _auto_class(path: str, **where: Any) -> Any:
-    """Return the class of transformers for what a checkpoint holds: a language model, or the bare body."""
-    config = AutoConfig.from_pretrained(path, **where)
+def _model_class(config: PretrainedConfig, trust_remote_code: bool) -> Any:
+    """Return the class, or Auto class, for what a checkpoint holds: what generates, or the bare body."""
     kinds = config.architectures or []
+    auto_map = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and auto_map:
+        mapped = [cls for cls in (*_GENERATING, AutoModel) if cls.__name__ in auto_map]
+        if mapped:
+            return mapped[0]
+    for kind in kinds:
+        native = getattr(transformers, kind, None) if kind in dir(transformers) else None
+        if isinstance(native, type) and issubclass(native, PreTrainedModel) and native.config_class is type(config):
+            return native if native.can_generate() or kind.endswith("Model") else AutoModel
     if any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
         return AutoModelForCausalLM
-    if config.is_encoder_decoder and any(kind.endswith("ForConditionalGeneration") for kind in kinds):
-        return AutoModelForSeq2SeqLM
+    if any(kind.endswith("ForConditionalGeneration") for kind in kinds):
+        return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForImageTextToText
     return AutoModel
+
+
+_GENERATING = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM)

@@ -8,7 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_ABANDONED = 3600  # seconds after which nobody is writing into a temporary folder any more
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
+_ABANDONED = 3600  # seconds after which nobody is taken to be writing into a temporary folder any more
 
 
 @contextmanager
@@ -53,21 +58,55 @@ def filling(folder: str | os.PathLike, first: Sequence[str] = ()) -> Iterator[Pa
 
 
 def remove_abandoned(place: Path, prefix: str) -> None:
-    """Remove the folders in `place`, of names with this prefix, that nobody has written into for an hour."""
+    """Remove the folders in `place`, of names with this prefix, into which nobody writes any more.
+
+    Those are the ones whose process has ended, or, where that cannot be told, that are an hour old.
+    """
     folders = [name for name in os.listdir(place) if name.startswith(prefix)]
     for folder in (place / name for name in folders):
-        with suppress(OSError):  # another process may be removing it as well
-            if time.time() - folder.stat().st_mtime > _ABANDONED:
+        with suppress(OSError), _locked(folder, wait=False) as alone:  # another process may be removing it as well
+            if alone or time.time() - folder.stat().st_mtime > _ABANDONED:
                 shutil.rmtree(folder)
 
 
 @contextmanager
 def _temporary_folder(place: Path, name: str) -> Iterator[Path]:
     """Yield a folder in `place` that is gone afterwards, as are those that killed processes left for the same name."""
-    prefix = f".{name}.saving-"
+    prefix = f".{name[:50]}.saving-"  # so that what is added to a long name is no name too long
     remove_abandoned(place, prefix)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=place) as folder:
-        yield Path(folder)
+    while True:
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True) as folder:
+            with _locked(Path(folder), wait=True):
+                if os.path.exists(folder):  # else another process took it for abandoned before it was locked
+                    yield Path(folder)
+                    return
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool) -> Iterator[bool]:
+    """Say whether this process holds the lock of a folder within the block, which ends with the process at the latest.
+
+    Some file systems, and Windows, have no such locks: then nobody holds one.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        yield _lock(handle, wait)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, wait: bool) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
 
 
 def _move(files: Sequence[Path], source: Path, target: Path) -> None:

@@ -14,8 +14,20 @@ from torch import nn
 
 from reftheads._utils.atomic import filling
 from reftheads.adapter.config import InterventionConfig
-from reftheads.adapter.files import CARD, WEIGHTS, reading_weights
-from reftheads.adapter.tuner import CHILD, InterventionTuner
+from reftheads.adapter.embeddings import embeddings_of, tell_of_trained_base, with_embeddings
+from reftheads.adapter.files import (
+    CARD,
+    CHILD,
+    CONFIG,
+    WEIGHTS,
+    check_adapter_name,
+    check_seal,
+    find_file,
+    refuse_pickle,
+)
+from reftheads.adapter.fit import check_file
+from reftheads.adapter.tuner import InterventionTuner
+from reftheads.runtime.plan import compile_graph
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -54,11 +66,16 @@ class SavablePeftModel(PeftModel):
         """Write `adapter_config.json`, `adapter_model.safetensors` and a model card.
 
         All files are moved into place once they are complete, the weights first: a process that is killed while it
-        saves the same graph again leaves the old weights or the new ones.
+        saves the same graph again leaves the old weights or the new ones. Killed while it saves another graph, it may
+        leave weights that do not belong to the configuration: loading says so.
+
+        Embeddings come with the adapter if they were resized, or are all of the base model that is trained. A warning
+        names what of it is trained and not saved here.
 
         Args:
             save_directory: is made if there is none; other files in it are left alone.
-            kwargs: as for PEFT, such as `selected_adapters`; and `push_to_hub=True` with `repo_id`, `token`, `private`.
+            kwargs: as for PEFT, such as `selected_adapters`, or `save_embedding_layers=True` or `False`; and
+                `push_to_hub=True` with `repo_id`, `token`, `private`.
 
         Raises:
             ValueError: `safe_serialization=False`, which would write a pickle; positions given by a
@@ -68,10 +85,12 @@ class SavablePeftModel(PeftModel):
             raise ValueError("safe_serialization=False would write a pickle: adapters are saved as safetensors only")
         push = kwargs.pop("push_to_hub", False)
         hub = {name: kwargs.pop(name) for name in ("repo_id", "token", "private") if name in kwargs}
-        kwargs.setdefault("save_embedding_layers", False)
+        base = self.get_base_model()
+        kwargs["save_embedding_layers"] = beside = with_embeddings(base, kwargs.get("save_embedding_layers"))
         # the whole state is not needed, and bitsandbytes changes 4-bit weights that are asked for theirs
-        if kwargs.get("state_dict") is None and not kwargs["save_embedding_layers"]:
-            kwargs["state_dict"] = self.tuner.layer.state_dict(prefix=f"base_model.model.{CHILD}.")
+        if kwargs.get("state_dict") is None:
+            state = {f"base_model.model.{name}": t for name, t in (embeddings_of(base) if beside else {}).items()}
+            kwargs["state_dict"] = state | self.tuner.layer.state_dict(prefix=f"base_model.model.{CHILD}.")
         for name in kwargs.get("selected_adapters") or self.peft_config:
             if name in self.peft_config:
                 self.peft_config[name].to_dict()  # raises before anything is written
@@ -147,8 +166,9 @@ class SavablePeftModel(PeftModel):
             kwargs: such as `revision` or `subfolder`.
 
         Raises:
-            ValueError: a checkpoint that would need unpickling, is truncated or damaged, or belongs to a
-                model of other widths. The base model is then as it was.
+            ValueError: a checkpoint that would need unpickling, is truncated, damaged or a mixture of two saves,
+                belongs to a model of other widths, or brings weights of the base model other than embeddings that
+                its configuration names. The base model is then as it was.
 
         Example:
             ```python
@@ -165,8 +185,11 @@ class SavablePeftModel(PeftModel):
             ```
         """
         model_id = os.fspath(model_id)
+        check_adapter_name(adapter_name)
         config = config or InterventionConfig.from_pretrained(model_id, **kwargs)
         config.inference_mode = not is_trainable
+        _check_weights(model_id, config, model, **kwargs)
+        tell_of_trained_base(model_id, model)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         loaded = cls(model, config, adapter_name)
         try:
@@ -186,13 +209,38 @@ class SavablePeftModel(PeftModel):
         Raises:
             ValueError: as in `from_pretrained`; an adapter that this call added is gone again.
         """
-        model_id, new = os.fspath(model_id), adapter_name not in self.peft_config
-        if new:
-            InterventionConfig.from_pretrained(model_id, **kwargs)
+        check_adapter_name(adapter_name)
+        model_id, present = os.fspath(model_id), self.peft_config.get(adapter_name)
+        config: Any = present or InterventionConfig.from_pretrained(model_id, **kwargs)
+        before = config.embeddings
         try:
-            with reading_weights(model_id, **kwargs):
-                return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+            if present is not None:  # else what reads the configuration has looked at the weights
+                check_seal(_weights(model_id, **kwargs))
+                config.embeddings = _announced(model_id, **kwargs)
+            _check_weights(model_id, config, self.get_base_model(), **kwargs)
+            return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
         except Exception:
-            if new and adapter_name in self.peft_config:
+            config.embeddings = before
+            if present is None and adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)
             raise
+
+
+def _announced(model_id: str, **hub: Any) -> list[str] | None:
+    """Return the embeddings that a saved adapter says it brings."""
+    file = find_file(model_id, CONFIG, **hub)
+    return None if file is None else InterventionConfig.from_json_file(file).get("embeddings")
+
+
+def _weights(model_id: str, **hub: Any) -> str:
+    """Return the path of a saved adapter's weights. Raise `ValueError` where there are none but a pickle."""
+    refuse_pickle(model_id, **hub)
+    path = find_file(model_id, WEIGHTS, **hub)
+    if path is None:
+        raise ValueError(f"{model_id} holds no {WEIGHTS}: give the directory or Hub id of a saved adapter")
+    return path
+
+
+def _check_weights(model_id: str, config: Any, base: nn.Module, **hub: Any) -> None:
+    """Raise `ValueError` for weights that are not there, or do not fit the graph in this base model."""
+    check_file(_weights(model_id, **hub), compile_graph(config.graph, base), base, config.embeddings)

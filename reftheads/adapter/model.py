@@ -10,6 +10,7 @@ from torch import nn
 from reftheads._utils.deprecation import deprecate, renamed
 from reftheads.adapter.checkpoint import SavablePeftModel
 from reftheads.adapter.config import InterventionConfig
+from reftheads.adapter.files import check_adapter_name
 from reftheads.graph.graph import InterventionGraph
 from reftheads.reuse.facts import Facts
 from reftheads.reuse.forecast import describe
@@ -70,6 +71,7 @@ class InterventionModel(SavablePeftModel):
     ):
         if isinstance(model, PeftModel):
             raise ValueError("this model is a PeftModel already: add a graph to it by model.add_adapter(name, config)")
+        check_adapter_name(adapter_name)
         config = _config(graph)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
@@ -113,7 +115,8 @@ class InterventionModel(SavablePeftModel):
         Losses and gradients are those of a plain call. The output has no logits, and the activations of the frozen
         base model are computed once for every content; see `reuse_summary` for what that spares. A call that asks
         for more, such as `output_hidden_states`, is a plain one, and so is one in a state of the model in which
-        the result could differ.
+        the result could differ. Before the first call, a few short rows run on both paths, once for a graph: of an
+        architecture that gives something else in parts, these parts are not reused.
 
         Args:
             replay: where activations are kept; or what an earlier `reusing` gave; `None` records them for every
@@ -201,7 +204,7 @@ class InterventionModel(SavablePeftModel):
         """Add a second graph, or a second set of parameters for the same one; `set_adapter` makes it act.
 
         Raises:
-            ValueError: a name that is taken, or what compiling finds; the model is then as it was.
+            ValueError: a name that is taken or unfit, or what compiling finds; the model is then as it was.
 
         Example:
             ```python
@@ -215,6 +218,7 @@ class InterventionModel(SavablePeftModel):
             ['funny']
             ```
         """
+        check_adapter_name(adapter_name)
         if adapter_name in self.peft_config:
             raise ValueError(
                 f"this model has an adapter {adapter_name!r} already: take another name, or delete it first"

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 
 from reftheads._utils.deprecation import renamed
 from reftheads.adapter.config import InterventionConfig
-from reftheads.adapter.files import check_weights
+from reftheads.adapter.files import CHILD, check_adapter_name
+from reftheads.adapter.fit import check_beside, check_memory, check_nodes, split
 from reftheads.graph.graph import render
-from reftheads.graph.node import check_key
 from reftheads.runtime.generate import record_prompts
 from reftheads.runtime.interventions import Interventions
 from reftheads.runtime.node_module import NodeModule
 from reftheads.runtime.plan import Plan, compile_graph
 
 PREFIX = "rh_"
-CHILD = "interventions"
 
 
 class InterventionTuner(BaseTuner):
@@ -79,14 +78,15 @@ class InterventionTuner(BaseTuner):
         """Compile the adapter's graph against `model`, then make parameters and hooks.
 
         Raises:
-            ValueError: what `compile_graph` raises, or an adapter name that is taken or unfit; the
-                model is then as before.
+            ValueError: what `compile_graph` raises, an adapter name that is taken or unfit, or parameters that are
+                larger than free memory; the model is then as before.
         """
         config = self.peft_config[adapter_name]
         assert isinstance(config, InterventionConfig)
         try:
-            check_key(adapter_name, "adapter name")
+            check_adapter_name(adapter_name)
             plan = compile_graph(config.graph, model)
+            check_memory(plan)
             layer = getattr(model, CHILD, None) or Interventions()
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 layer.add(adapter_name, plan, model)
@@ -97,6 +97,7 @@ class InterventionTuner(BaseTuner):
         if getattr(model, CHILD, None) is None:
             setattr(model, CHILD, layer)
             record_prompts(model, layer)
+            self._mark_only_adapters_as_trainable(model)  # once: later, what of the base is trained goes on
         # so that the base model's own save_pretrained writes the base model alone
         _not_saved(model).update(layer.state_dict(prefix=f"{CHILD}."))
         inference = config.inference_mode
@@ -104,7 +105,6 @@ class InterventionTuner(BaseTuner):
             self.set_adapter(self.active_adapters, inference_mode=inference)
         else:
             layer.set_requires_grad(adapter_name, False)
-        self._mark_only_adapters_as_trainable(model)
 
     def train(self, mode: bool = True) -> "InterventionTuner":
         """Set the mode, as everywhere; and, for training, keep bitsandbytes from packing 4-bit weights.
@@ -172,14 +172,26 @@ class InterventionTuner(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         # not by way of model.state_dict(), as PEFT would: bitsandbytes changes 4-bit weights that are asked for it
+        assert isinstance(config, InterventionConfig)
         path, layer = _find_layer(model)
-        nodes = layer.rh_nodes[adapter_name]
-        marker = f"{CHILD}.rh_nodes."
-        base = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        beside = {key: tensor for key, tensor in state_dict.items() if key in base}  # embeddings, where PEFT saves them
-        weights = {key.rpartition(marker)[2]: tensor for key, tensor in state_dict.items() if key not in beside}
-        check_weights(weights, nodes)  # type: ignore[arg-type]
-        return beside | {f"{path}.rh_nodes.{adapter_name}.{key}": tensor for key, tensor in weights.items()}
+        prefix = path.removesuffix(CHILD)
+        nodes, beside = split(state_dict, prefix)
+        check_nodes(nodes, dict(layer.rh_nodes[adapter_name].items()))  # type: ignore[operator]
+        check_beside(beside, model.get_submodule(prefix.removesuffix(".")), config.embeddings)
+        weights = {f"{path}.rh_nodes.{adapter_name}.{name}": tensor for name, tensor in nodes.items()}
+        return weights | {f"{prefix}{name}": tensor for name, tensor in beside.items()}
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to mix the parameters of adapters, as PEFT does for LoRA.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "what an edit does is no linear function of its parameters (R of a LoReFT must stay orthonormal), so that "
+            "their weighted sum would do something else: set_adapter([…]) lets adapters act together; adapters of LoRA "
+            "nodes alone can be mixed by PEFT, from the files that reftheads.interop.to_peft_lora writes"
+        )
 
     # --- what users ask -------------------------------------------------------------------------------------
 

@@ -67,8 +67,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 def _tokens(model: nn.Module, numbers: Int[Tensor, "rows tokens"]) -> Int[Tensor, "rows tokens"]:
     """Return token ids, a different one for each number, none of them special."""
-    config = getattr(model, "config", None)
-    special = set(_special(config.to_dict())) if hasattr(config, "to_dict") else set()
+    config: Any = getattr(model, "config", None)
+    special = set() if config is None else set(_special(config.to_dict()))
     usual = [token for token in range(4, min(_vocabulary(model), 1000)) if token not in special]
     spread = max(len(usual) // (int(numbers.max()) + 1), 1)  # not all of one neighbourhood
     table = torch.tensor(usual[::spread] or [0])

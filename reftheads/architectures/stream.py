@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from reftheads.architectures.paths import arguments
 from reftheads.architectures.probe import ROWS, TOKENS, hidden, remembered, run
+from reftheads.architectures.sample import Inputs
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -51,7 +52,12 @@ def _watch(model: nn.Module, part: str, blocks: Sequence[str]) -> dict[str, tupl
     with ExitStack() as hooks:
         for block in watched.values():
             hooks.enter_context(block.hooks())
-        run(model.get_submodule(part), ids, ids.flip(0), begin=lambda _: [block.begin() for block in watched.values()])
+
+        def begin(_: Inputs) -> None:
+            for block in watched.values():
+                block.begin()
+
+        run(model.get_submodule(part), ids, ids.flip(0), begin)
     return {path: block.steps for path, block in watched.items() if block.calls == 1}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from reftheads.data.rows import INPUTS, Row, complete, flat
+from reftheads.data.rows import INPUTS, Row, complete, flat, is_text
 from reftheads.graph.intervention import IGNORE
 
 if TYPE_CHECKING:
@@ -25,8 +25,9 @@ class Collator:
     `input_ids` are padded with the tokenizer's pad token, masks with 0, `labels` and other columns that
     run along the tokens with -100 (floats: NaN, which losses take for missing). A column with one number
     per row becomes a vector; one with another number than there are tokens, the same in every row, a matrix.
-    Targets that some rows lack are filled by `complete`. An item that is a list of rows, such as a pair of
-    `encode_preferences`, puts all of them into the batch.
+    Targets that some rows lack are filled by `complete`, which also makes labels of the `completion_mask` and
+    `assistant_masks` that TRL and chat templates give. Text beside the tokens is left out. An item that is a list of
+    rows, such as a pair of `encode_preferences`, puts all of them into the batch.
 
     Args:
         tokenizer: for its pad token.
@@ -34,7 +35,7 @@ class Collator:
         pad_to_multiple_of: rounds the length up.
 
     Raises:
-        ValueError: a tokenizer without pad token, or no rows.
+        ValueError: a tokenizer without pad token, no rows, or what `complete` refuses.
 
     Example:
         ```python
@@ -65,7 +66,9 @@ class Collator:
         multiple = self.pad_to_multiple_of or 1
         length = -(-length // multiple) * multiple
         counts = [len(row["input_ids"]) for row in rows]
-        return {name: self._column(name, [row[name] for row in rows], length, counts) for name in rows[0]}
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        text = [name for name, values in columns.items() if any(map(is_text, values))]
+        return {name: self._column(name, columns[name], length, counts) for name in columns if name not in text}
 
     def _column(self, name: str, values: list[Any], length: int, counts: list[int]) -> Shaped[Tensor, "batch ..."]:
         """Return a column as a tensor, padded to `length` if it runs along the tokens, of which rows have `counts`."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -62,31 +63,37 @@ def encode_pairs(
     end = [tokenizer.eos_token_id] if add_eos and tokenizer.eos_token_id is not None else []
     prompt_ids = tokenizer(prompts)["input_ids"]
     answer_ids = encode_continuations(tokenizer, answers)
-    return _rows(prompt_ids, [[*ids, *end] for ids in answer_ids], max_length)  # type: ignore[arg-type]
+    return _rows(prompt_ids, [[[*ids, *end]] for ids in answer_ids], max_length)  # type: ignore[arg-type]
 
 
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[Message]],
     *,
+    turns: Literal["last", "all"] = "last",
     max_length: int | None = None,
 ) -> list[dict[str, list[int]]]:
-    """Encode every conversation as one row by the tokenizer's chat template; only its last answer is trained on.
+    """Encode every conversation as one row by the tokenizer's chat template; learnt is its last answer, or all of them.
 
-    The prompt is all that comes before this answer, up to and with the template's start of an assistant's turn, just
-    as `apply_chat_template(…, add_generation_prompt=True)` gives it to `generate`.
+    The prompt is all that comes before the first answer that is learnt, up to and with the template's start of an
+    assistant's turn, just as `apply_chat_template(…, add_generation_prompt=True)` gives it to `generate`.
+
+    With `turns="all"`, a node at the prompt's end therefore acts before the first answer, where it reaches all of them;
+    in a later turn of a conversation, `generate` has a longer prompt, and the node acts at the end of that. To train it
+    there, give each conversation once per answer, cut behind it: `[turns[: i + 1] for i in range(1, len(turns), 2)]`.
 
     Args:
         tokenizer: of the model that is trained.
         conversations: each ends with a message of the role "assistant".
+        turns: which answers are learnt: those of all messages of the role "assistant", or the last.
         max_length: as in `encode_pairs`.
 
     Returns:
         One row per conversation: `input_ids`, `attention_mask`, `labels`, `prompt_mask`.
 
     Raises:
-        ValueError: a tokenizer without chat template, no conversations, or one that does not end with
-            an answer.
+        ValueError: a tokenizer without chat template, no conversations, one that does not end with an answer, or, for
+            all turns, one that the template writes otherwise once it goes on.
 
     Example:
         ```python
@@ -96,13 +103,18 @@ def encode_chat(
         >>> (row,) = rh.encode_chat(tokenizer, [[question, answer]])
         >>> tokenizer.decode([label for label in row["labels"] if label != -100])
         'Hello!<|end|>'
+        >>> (row,) = rh.encode_chat(tokenizer, [[question, answer, question, answer]], turns="all")
+        >>> tokenizer.decode([label for label in row["labels"] if label != -100])
+        'Hello!<|end|>Hello!<|end|>'
         ```
     """
+    if turns not in ("last", "all"):
+        raise ValueError(f"turns must be 'last' or 'all', got {turns!r}")
     if not tokenizer.chat_template:
         raise ValueError("this tokenizer has no chat template: use encode_pairs with prompts of your own form")
     if not conversations:
         raise ValueError("no conversations to encode: give at least one")
-    prompts, answers = [], []
+    prompts, rests = [], []
     for conversation in conversations:
         messages = list(conversation)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
@@ -110,16 +122,43 @@ def encode_chat(
                 "a conversation must be a question at least and end with an answer of the role 'assistant', "
                 f"got {messages!r}"
             )
-        *before, last = messages
-        prompt = tokenizer.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        assert isinstance(prompt, str) and isinstance(whole, str)
-        # a template that rewrites earlier turns once there is an answer has no common beginning
-        answer = whole[len(prompt) :] if whole.startswith(prompt) else f"{last['content']}{tokenizer.eos_token or ''}"
+        prompt, *rest = _last_turn(tokenizer, messages) if turns == "last" else _all_turns(tokenizer, messages)
         prompts.append(prompt)
-        answers.append(answer.rstrip("\n"))
+        rests.append(rest)
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    return _rows(prompt_ids, encode_continuations(tokenizer, answers), max_length)  # type: ignore[arg-type]
+    rest_ids = iter(encode_continuations(tokenizer, [text for rest in rests for text in rest]))
+    return _rows(prompt_ids, [[next(rest_ids) for _ in rest] for rest in rests], max_length)  # type: ignore[arg-type]
+
+
+def _last_turn(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[str]:
+    """Return what comes before the last answer, and the answer."""
+    *before, last = messages
+    prompt, whole = _rendered(tokenizer, before, True), _rendered(tokenizer, messages, False)
+    # a template that rewrites earlier turns once there is an answer has no common beginning
+    answer = whole[len(prompt) :] if whole.startswith(prompt) else f"{last['content']}{tokenizer.eos_token or ''}"
+    return [prompt, answer.rstrip("\n")]
+
+
+def _all_turns(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[str]:
+    """Return what comes before the first answer, that answer, what comes before the next, and so on."""
+    pieces, done = [], ""
+    for i in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
+        for text in (_rendered(tokenizer, messages[:i], True), _rendered(tokenizer, messages[: i + 1], False)):
+            if not text.startswith(done):
+                raise ValueError(
+                    f"this chat template writes a conversation otherwise once message {i} is there, so that one row "
+                    "cannot hold all of its turns as generation has them: give each conversation once per answer, "
+                    "cut behind it, with turns='last'"
+                )
+            pieces.append(text[len(done) :].rstrip("\n") if len(pieces) % 2 else text[len(done) :])
+            done += pieces[-1]
+    return pieces
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], add_generation_prompt: bool) -> str:
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    assert isinstance(text, str)
+    return text
 
 
 def encode_continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -208,25 +247,31 @@ def encode_preferences(
     return [list(pair) for pair in zip(rows(chosen, 1), rows(rejected, -1), strict=True)]
 
 
-def _rows(prompts: list[list[int]], answers: list[list[int]], max_length: int | None) -> list[dict[str, list[int]]]:
-    """Join prompts and answers, and cut prompts at the left where a row is too long."""
+def _rows(prompts: list[list[int]], rests: list[list[list[int]]], max_length: int | None) -> list[dict[str, list[int]]]:
+    """Join prompts with what follows, and cut prompts at the left where a row is too long.
+
+    Args:
+        rests: of each row an answer, which is learnt; what comes before the next, which is not; and so on.
+    """
     rows, cut = [], 0
-    for prompt, answer in zip(prompts, answers, strict=True):
-        if not answer:
+    for prompt, rest in zip(prompts, rests, strict=True):
+        if not all(rest[::2]):
             raise ValueError("an answer has no tokens, so there is nothing to learn from it: leave that pair out")
-        if max_length is not None and len(prompt) + len(answer) > max_length:
-            if len(answer) >= max_length:
+        length = sum(map(len, rest))
+        if max_length is not None and len(prompt) + length > max_length:
+            if length >= max_length:
                 raise ValueError(
-                    f"an answer of {len(answer)} tokens leaves no room for its prompt in max_length={max_length}"
+                    f"an answer of {length} tokens leaves no room for its prompt in max_length={max_length}"
                 )
-            prompt = prompt[len(prompt) + len(answer) - max_length :]
+            prompt = prompt[len(prompt) + length - max_length :]
             cut += 1
+        labels = [ids if i % 2 == 0 else [IGNORE] * len(ids) for i, ids in enumerate(rest)]
         rows.append(
             {
-                "input_ids": prompt + answer,
-                "attention_mask": [1] * (len(prompt) + len(answer)),
-                "labels": [IGNORE] * len(prompt) + answer,
-                "prompt_mask": [1] * len(prompt) + [0] * len(answer),
+                "input_ids": list(chain(prompt, *rest)),
+                "attention_mask": [1] * (len(prompt) + length),
+                "labels": [IGNORE] * len(prompt) + list(chain(*labels)),
+                "prompt_mask": [1] * len(prompt) + [0] * length,
             }
         )
     if cut:

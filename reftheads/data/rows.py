@@ -15,6 +15,9 @@ from reftheads.graph.intervention import IGNORE
 INPUTS = ("input_ids", "attention_mask", "prompt_mask", "token_type_ids", "position_ids")
 """Columns of a row that say what the model is fed, so that -100 means nothing in them."""
 
+LEARNT = ("completion_mask", "assistant_masks")
+"""Columns that mark what is learnt: of TRL, and of `apply_chat_template(…, return_assistant_tokens_mask=True)`."""
+
 Row = Mapping[str, Any]
 
 
@@ -80,10 +83,12 @@ def complete(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Give every row all columns that any of them has; what a row lacks, or has as `None`, is no target there.
 
     No target is -100, or NaN if any of the column's numbers is a float, in the shape that targets have in other rows.
-    Masks that are missing say that all tokens are real, and that the prompt ends before the first label.
+    Masks that are missing say that all tokens are real, and that the prompt ends before the first label. The masks
+    `completion_mask` and `assistant_masks` become labels: the tokens that all of a row's masks mark.
 
     Raises:
-        ValueError: a column of the input, such as `token_type_ids`, that only some rows have.
+        ValueError: a column of the input, such as `token_type_ids`, that only some rows have; a mask of what is learnt
+            that marks nothing, or has another length than the row.
 
     Example:
         ```python
@@ -92,6 +97,7 @@ def complete(rows: Sequence[Row]) -> list[dict[str, Any]]:
         [{'input_ids': [5, 6], 'stars': 4.5, 'mood': [-100, -100]}, {'input_ids': [7], 'stars': nan, 'mood': [1]}]
         ```
     """
+    rows = [_labelled(row) for row in rows]
     columns: dict[str, list[tuple[Any, int]]] = {}  # every value with its row's number of tokens
     for row in rows:
         for name, value in row.items():
@@ -113,7 +119,7 @@ def _filling(name: str, column: Sequence[tuple[Any, int]]) -> Callable[[Row], An
         return lambda row: [1] * len(row["input_ids"])
     if name in INPUTS:
         raise ValueError(f"some rows have {name!r} and some do not: give it to all of them, or to none")
-    if isinstance(column[0][0], str):
+    if is_text(column[0][0]):
         return lambda row: None
     values = [torch.as_tensor(value) for value, _ in column]
     none: float = float("nan") if any(value.is_floating_point() for value in values) else IGNORE
@@ -122,6 +128,35 @@ def _filling(name: str, column: Sequence[tuple[Any, int]]) -> Callable[[Row], An
     by_token = all(len(value) == tokens for value, (_, tokens) in zip(values, column, strict=True))
     count, *width = values[0].shape
     return lambda row: torch.full([len(row["input_ids"]) if by_token else count, *width], none).tolist()
+
+
+def _labelled(row: Row) -> Row:
+    """Return a row whose labels are what masks of TRL and of chat templates mark; a row without them as it is.
+
+    In a conversation of several answers that are marked, the prompt ends before the first of them, since all of them
+    are learnt and an edit reaches only what comes after it.
+    """
+    masks = {name: row[name] for name in LEARNT if row.get(name) is not None}
+    if not masks:
+        return row
+    labels = list(row["input_ids"] if row.get("labels") is None else row["labels"])
+    for name, mask in masks.items():
+        if len(mask) != len(labels):
+            raise ValueError(f"{name} has {len(mask)} entries in a row of {len(labels)} tokens: give one a token")
+        labels = [int(label) if learnt else IGNORE for label, learnt in zip(labels, mask, strict=True)]
+    if all(label == IGNORE for label in labels):
+        raise ValueError(
+            f"{' and '.join(masks)} mark no token of a row that is learnt: leave it out if it was cut before its "
+            "answer; if all rows are so, the chat template has no {% generation %} around answers: use encode_chat"
+        )
+    return {**{name: value for name, value in row.items() if name not in LEARNT}, "labels": labels}
+
+
+def is_text(value: Any) -> bool:
+    """Return whether a value is text, or such as messages are made of: no tensor can hold it."""
+    if isinstance(value, list | tuple):
+        return any(map(is_text, value[:1]))
+    return isinstance(value, str | bytes | Mapping)
 
 
 def prompt_mask(labels: Sequence[int]) -> list[int]:

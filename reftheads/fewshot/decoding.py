@@ -21,6 +21,7 @@ from reftheads.architectures.structure import arguments
 from reftheads.data.encoding import encode_continuations
 from reftheads.fewshot.prompts import Prompt, encode_prompt
 from reftheads.runtime.interventions import Interventions
+from reftheads.runtime.lineage import PREPARED
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -90,7 +91,9 @@ def _greedy(
     mask = torch.cat([real.new_ones(len(rows), begun.get_seq_length()), real], 1)
     alive, cache = torch.ones(len(rows), dtype=torch.bool, device=model.device), _repeated(begun, len(rows))
     out: list[list[int]] = [[] for _ in rows]
-    options = {"past_key_values": cache, "use_cache": True, **_last(model, 1)}
+    options: dict[str, Any] = {"past_key_values": cache, "use_cache": True, **_last(model, 1)}
+    if _interventions(model) is not None:
+        options[PREPARED] = True
     # as generate does: a call of the PeftModel would be one of its own, no pass that goes on
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with _prompts_end(model, mask):

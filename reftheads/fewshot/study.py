@@ -87,7 +87,7 @@ class Study:
             result = json.loads(path.read_text(encoding="utf-8"))
             wanted = {**cell, **self.settings}
             other = {name: result.get(name) for name, value in wanted.items() if result.get(name) != value}
-        except (json.JSONDecodeError, AttributeError) as error:
+        except (ValueError, RecursionError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error!r}): delete it, and its cell is run again") from error
         if other:
             raise ValueError(f"{path} is the result of another run, with {other}: take another folder")

@@ -174,7 +174,7 @@ def _read(name: str, path: Path) -> list[Example]:
     if path.suffix == ".jsonl":
         try:
             rows = [json.loads(line) for line in lines]
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON lines: {error}") from error
         return [_example(name, row) for row in rows]
     if name == "qa":

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from reftheads._utils.deprecation import reordered
+from reftheads._utils.showing import shown
 from reftheads.graph.intervention import Head, Intervention, Reader
 from reftheads.graph.node import Node
 from reftheads.graph.positions import Positions
@@ -160,7 +161,7 @@ class InterventionGraph:
             ValueError: what it cannot have written, or a type of node that no imported module defines.
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("nodes"), list):
-            raise ValueError(f"cannot read a graph from {data!r}: it needs a list under 'nodes'")
+            raise ValueError(f"cannot read a graph from {shown(data)}: it needs a list under 'nodes'")
         return cls(*(Node.from_dict(node) for node in data["nodes"]))
 
     def __str__(self) -> str:
@@ -232,7 +233,8 @@ def _each(width: int | None) -> str:
 
 def _same(a: Intervention, b: Intervention) -> bool:
     """Return whether two definitions are equal, the numbers of their constants included."""
-    return a == b and all(torch.equal(x.value, y.value) for x, y in zip(a.constants(), b.constants(), strict=True))
+    pairs = zip(a.constants(), b.constants(), strict=True) if a == b else ()
+    return a == b and all(x.value.data_ptr() == y.value.data_ptr() or torch.equal(x.value, y.value) for x, y in pairs)
 
 
 def _named(nodes: tuple[Node, ...]) -> tuple[Node, ...]:

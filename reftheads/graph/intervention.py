@@ -10,7 +10,7 @@ A type of one's own is one small class; docs/nodes.md shows one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +136,9 @@ class Intervention(ABC):
         The parameters may carry leading batch dimensions: nodes of one kind are derived together.
         """
         return {}
+
+    def check_parameters(self, p: Params) -> None:  # noqa: B027, since all will do for most
+        """Raise `ValueError` for stored parameters with which nothing can be computed."""
 
 
 class Edit(Intervention):
@@ -283,6 +286,13 @@ class Constant:
     def __init__(self, value: Any):
         self.value = torch.as_tensor(value).detach().clone()
 
+    @classmethod
+    def of_shape(cls, shape: Sequence[int]) -> Constant:
+        """Make one of this shape whose numbers are still to be loaded; it takes no memory until then."""
+        constant = cls(())
+        constant.value = _ZERO.expand(tuple(shape))
+        return constant
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Constant) and self.value.shape == other.value.shape
 
@@ -291,6 +301,9 @@ class Constant:
 
     def __repr__(self) -> str:
         return f"Constant({'×'.join(map(str, self.value.shape)) or 'scalar'})"
+
+
+_ZERO = torch.zeros(())
 
 
 def read_dtype(dtype: str | torch.dtype) -> torch.dtype:

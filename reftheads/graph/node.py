@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from reftheads._utils.showing import shown
 from reftheads.graph.intervention import Intervention
 from reftheads.graph.positions import Positions
-from reftheads.graph.serialisation import intervention_from_dict, intervention_to_dict
+from reftheads.graph.serialisation import check_depth, intervention_from_dict, intervention_to_dict
 from reftheads.graph.site import Side, Site, Stack
 
 
@@ -69,6 +70,8 @@ class Node:
         for label, key in (("name", name), ("share", share)):
             if key is not None:
                 check_key(key, label)
+        if source is not None:
+            check_key(source, "source")
         if intervention.needs_source and source is None:
             raise ValueError(f"{type(intervention).__name__} reads another node: name it with source=…")
         if source is not None and not (intervention.reads_source or intervention.needs_source):
@@ -127,16 +130,32 @@ class Node:
         Raises:
             ValueError: what it cannot have written, or a type that no imported module defines.
         """
-        if not isinstance(data, Mapping):
-            raise ValueError(f"cannot read the node {data!r}: it needs a 'type', and a 'layer' or what else it takes")
-        where = dict(data)
+        check_depth(data, "a node")
+        if not isinstance(data, Mapping) or "type" not in data:
+            raise ValueError(
+                f"cannot read the node {shown(data)}: it needs a 'type', and a 'layer' or what else it takes"
+            )
+        where = {name: value for name, value in data.items() if name not in ("type", "options")}
+        unknown = [name for name in where if name not in _FIELDS]
+        if unknown:
+            raise ValueError(
+                f"cannot read the node {shown(data)}: it has no {shown(unknown[0])}, but {', '.join(_FIELDS)}"
+            )
         try:
-            intervention = intervention_from_dict(where.pop("type"), where.pop("options", {}))
-            return cls(intervention, **where)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"cannot read the node {data!r}: {error!r}") from error
+            return cls(intervention_from_dict(data["type"], data.get("options", {})), **where)
+        except ValueError as error:
+            raise ValueError(f"cannot read the node {shown(data)}: {error}") from error
+        except (
+            TypeError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RuntimeError,
+        ) as error:  # of a type of one's own
+            raise ValueError(f"cannot read the node {shown(data)}: {error!r}") from error
 
 
+_FIELDS = ("type", "options", *(f.name for f in fields(Site)), "positions", "name", "share", "source")
 _RESERVED = frozenset(dir(nn.ModuleDict()))
 
 
@@ -144,6 +163,8 @@ def check_key(key: str, label: str) -> None:
     """Raise `ValueError` for what cannot name a child module or a column of a checkpoint."""
     if not isinstance(key, str) or not key or "." in key or "rh_" in key or key in _RESERVED:
         raise ValueError(
-            f"{label} {key!r} cannot be used: take a word that has no dot and no 'rh_' in it "
+            f"{label} {shown(key)} cannot be used: take a word that has no dot and no 'rh_' in it "
             "and is no attribute of a torch module"
         )
+    if not key.isprintable() or len(key.encode()) > 255:
+        raise ValueError(f"{label} {shown(key)} cannot be used: take printable letters, at most 255 bytes of them")

@@ -11,7 +11,8 @@ synchronisation with the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,15 @@ import torch
 from torch import Tensor
 
 from reftheads._utils.lazy import cached
+from reftheads._utils.showing import shown
 from reftheads.graph.selection import Selection
 from reftheads.graph.terms import SYNTAX, Term, capped
 from reftheads.graph.tokens import Tokens
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
+
+_MOST_TERMS = 1000
 
 
 @dataclass(frozen=True)
@@ -74,14 +78,21 @@ class Positions:
         if self.token_ids is not None or self.rule is not None:
             return
         if not isinstance(self.text, str):
-            raise ValueError(f"cannot read positions {self.text!r}: use {SYNTAX}")
-        part, of, whole = "".join(self.text.split()).partition("of")
-        terms = tuple(Term.read(text) for text in (whole if of else part).split("+"))
-        if of and (part not in whole.split("+") or not capped(terms)):
-            raise ValueError(f"cannot read positions {self.text!r}: {part!r} is no part of a sum f… + l…")
-        object.__setattr__(self, "text", f"{part} of {whole}" if of else part)
+            raise ValueError(f"cannot read positions {shown(self.text)}: use {SYNTAX}")
+        first, of, rest = f" {self.text} ".partition(" of ")
+        part, whole = (first.strip(), rest) if of else (None, first)
+        if whole.count("+") >= _MOST_TERMS:
+            raise ValueError(
+                f"positions are a sum of at most {_MOST_TERMS} terms, got {whole.count('+') + 1:,}: use slices, "
+                "Positions.where(token_ids=…) or a function"
+            )
+        terms = tuple(Term.read(text.strip()) for text in whole.split("+"))
+        if part is not None and (part not in [term.text for term in terms] or not capped(terms)):
+            raise ValueError(f"cannot read positions {shown(self.text)}: {shown(part)} is no part of a sum f… + l…")
+        text = "+".join(term.text for term in terms)
+        object.__setattr__(self, "text", text if part is None else f"{part} of {text}")
         object.__setattr__(self, "_terms", terms)
-        object.__setattr__(self, "_part", part if of else None)
+        object.__setattr__(self, "_part", part)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # made anew, since a copied callable is another rule
@@ -89,8 +100,14 @@ class Positions:
 
     @classmethod
     def where(cls, token_ids: Sequence[int]) -> Positions:
-        """Select every real token whose id is one of `token_ids`."""
-        ids = tuple(int(i) for i in token_ids)
+        """Select every real token whose id is one of `token_ids`.
+
+        Raises:
+            ValueError: no ids, or what is no whole number of 0 or more.
+        """
+        if isinstance(token_ids, str | bytes | Mapping) or not isinstance(token_ids, Iterable):
+            raise ValueError(f"token_ids must be a list of whole numbers, got {shown(token_ids)}")
+        ids = tuple(_token_id(i) for i in token_ids)
         if not ids:
             raise ValueError("Positions.where needs at least one token id, got none")
         listed = [str(i) for i in ids[:4]]
@@ -139,7 +156,7 @@ class Positions:
 
     @cached
     def begins_with_first(self) -> bool:
-        """Return whether the first token of every prompt is selected, for certain."""
+        """Return whether the first token of every prompt is selected, for certain; of two tokens or more, if capped."""
         return any(term.has_first_token for term in self._active)
 
     @cached
@@ -186,13 +203,17 @@ class Positions:
         masks = [term.mask(tokens, half) for term in self._active]
         return masks[0] if len(masks) == 1 else torch.stack(masks).any(0)
 
+    def nothing_in(self, tokens: Tokens) -> bool:
+        """Return whether nothing of this chunk is selected in any row, as is known without looking."""
+        return tokens.after_prompt and self.in_prompt or tokens.inside_prompt and self._word == "generated"
+
     def select(self, tokens: Tokens, few: int = 0) -> Selection | None:
         """Return the selection in this chunk; `None` when it is empty for every row without looking.
 
         Args:
             few: gives a mask instead of slots where the batch has at most so many columns in all.
         """
-        if tokens.after_prompt and self.in_prompt or tokens.inside_prompt and self._word == "generated":
+        if self.nothing_in(tokens):
             return None
         everything = self._word == "all" or (self._word == "generated" and tokens.after_prompt)
         if everything and tokens.real is None:
@@ -212,6 +233,17 @@ class Positions:
 
     def __str__(self) -> str:
         return self.text
+
+
+def _token_id(value: Any) -> int:
+    """Return an id as Python's integer. Raise `ValueError` for what is none."""
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**63:
+        raise ValueError(f"token_ids must be whole numbers of 0 or more, got {shown(value)}")
+    return number
 
 
 @lru_cache

@@ -7,6 +7,8 @@ given model that it means.
 from dataclasses import dataclass
 from typing import Literal
 
+from reftheads._utils.showing import shown
+
 Stack = Literal["encoder", "decoder"]
 Side = Literal["input", "output"]
 
@@ -64,24 +66,28 @@ class Site:
     side: Side = "output"
 
     def __post_init__(self) -> None:
-        if self.component not in COMPONENTS and "." not in self.component:
+        if not isinstance(self.component, str) or (self.component not in COMPONENTS and "." not in self.component):
             raise ValueError(
-                f"unknown component {self.component!r}: use one of {', '.join(COMPONENTS)}, "
+                f"unknown component {shown(self.component)}: use one of {', '.join(COMPONENTS)}, "
                 "or the dotted path of a module such as 'model.layers.3.mlp.gate_proj'"
             )
         if self.component in BLOCK_COMPONENTS and (not isinstance(self.layer, int) or isinstance(self.layer, bool)):
-            raise ValueError(f"component {self.component!r} needs a layer: an integer, got {self.layer!r}")
+            raise ValueError(f"component {self.component!r} needs a layer: an integer, got {shown(self.layer)}")
         if self.component not in BLOCK_COMPONENTS and self.layer is not None:
-            raise ValueError(f"component {self.component!r} belongs to no layer: leave layer out, got {self.layer!r}")
+            raise ValueError(
+                f"component {self.component!r} belongs to no layer: leave layer out, got {shown(self.layer)}"
+            )
+        if self.head is not None and (not isinstance(self.head, int) or isinstance(self.head, bool)):
+            raise ValueError(f"head must be an integer, or None for all heads, got {shown(self.head)}")
         if self.head is not None and self.component not in HEAD_COMPONENTS:
             raise ValueError(
                 f"component {self.component!r} has no attention heads: head={self.head!r} goes with "
                 f"{', '.join(HEAD_COMPONENTS)}"
             )
         if self.stack not in (None, "encoder", "decoder"):
-            raise ValueError(f"stack must be 'encoder', 'decoder' or None, got {self.stack!r}")
+            raise ValueError(f"stack must be 'encoder', 'decoder' or None, got {shown(self.stack)}")
         if self.side not in ("input", "output"):
-            raise ValueError(f"side must be 'input' or 'output', got {self.side!r}")
+            raise ValueError(f"side must be 'input' or 'output', got {shown(self.side)}")
         if self.side == "input" and not self.is_path:
             raise ValueError(f"side goes with a module path; {self.component!r} says its side by its name")
 

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from reftheads._utils.showing import shown
 from reftheads.graph.tokens import Tokens
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
 
-_TERM = re.compile(r"(?P<first>f\d+)|(?P<last>l\d+)|(?P<word>all|prompt|generated)|(?P<span>-?\d+|(-?\d+)?:(-?\d+)?)")
+_NUMBER = r"-?[0-9]{1,9}"  # which every tensor of positions can hold
+_TERM = re.compile(
+    r"(?P<first>f[0-9]{1,9})|(?P<last>l[0-9]{1,9})|(?P<word>all|prompt|generated)"
+    rf"|(?P<span>{_NUMBER}|({_NUMBER})?:({_NUMBER})?)"
+)
 SYNTAX = "f3, l1, f7+l7, all, prompt, generated, an index such as 3 or -1, a slice such as 2:5, or a sum such as 0+1"
 
 
@@ -32,7 +37,7 @@ class Term:
         """Read one term in words. Raise `ValueError` if it cannot be read."""
         match = _TERM.fullmatch(text)
         if match is None:
-            raise ValueError(f"cannot read positions {text!r}: use {SYNTAX}")
+            raise ValueError(f"cannot read positions {shown(text)}: use {SYNTAX}")
         if match["word"]:
             return cls(text, word=match["word"])
         if match["first"]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from reftheads._utils.eval_mode import evaluating
@@ -62,7 +62,7 @@ def predict(
     predictions: dict[str, list[Tensor]] = {}
     single: dict[str, bool] = {}
     with torch.no_grad(), evaluating(model), reusing_where_possible(model):
-        for indices, batch in batches(encoded, tokenizer, batch_size, model.device, "predicting"):
+        for indices, batch in batches(encoded, tokenizer, batch_size, device_of(model), "predicting"):
             out = model(**batch)
             for name, value in (out.get("predictions") or {}).items():
                 single[name] = value.ndim == 2
@@ -74,6 +74,11 @@ def predict(
             "no head acts: add a node such as rh.Node(rh.LinearHead(2), layer=-1), or switch its adapter on"
         )
     return {name: torch.stack(per_row) if single[name] else per_row for name, per_row in predictions.items()}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model takes its input: where its first weights are, of those that are kept in memory."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def batches(

@@ -12,23 +12,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import huggingface_hub
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from reftheads._utils.atomic import filling
 from reftheads._utils.deprecation import renamed
+from reftheads._utils.showing import shown
 from reftheads.adapter.config import InterventionConfig
-from reftheads.adapter.files import WEIGHTS
+from reftheads.adapter.files import CONFIG, WEIGHTS, find_file, read_object, read_weights
 from reftheads.adapter.model import InterventionModel
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.node import Node
+from reftheads.graph.serialisation import fits, in_words
 from reftheads.interventions.lora import LoRA
 from reftheads.presets import lora_name
 from reftheads.runtime.plan import PlannedNode
@@ -40,8 +40,14 @@ _OTHER_FORMULA = (
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "target_parameters", "kasa_config",
     "alora_invocation_tokens", "arrow_config", "monteclora_config", "modules_to_save", "trainable_token_indices",
 )  # fmt: skip
-# … and the initialisations that leave W alone; the others (PiSSA, OLoRA …) take something out of it.
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+# … unless these have one of these values: other initialisations (PiSSA, OLoRA …) take something out of W.
+_PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
+# What is read, with PEFT's defaults and types.
+_FORMULA: dict[str, tuple[Any, Any]] = {
+    "lora_alpha": (8, float), "lora_dropout": (0.0, float), "alpha_pattern": (None, dict | None),
+    "use_rslora": (False, bool), "bias": ("none", str), "init_lora_weights": (True, bool | str),
+    "base_model_name_or_path": (None, str | None), "task_type": (None, str | None),
+}  # fmt: skip
 
 
 @renamed(adapter="adapter_name")
@@ -117,38 +123,32 @@ def from_peft_lora(
         (6, torch.Size([4, 192]))
         ```
     """
-    config = PeftConfig.from_pretrained(os.fspath(model_id), **hub)
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{model_id} holds a {config.peft_type} adapter, not a LoRA: load it by peft")
-    used = [name for name in _OTHER_FORMULA if getattr(config, name, None)]
-    used += [f"bias={config.bias!r}"] if config.bias != "none" else []
-    used += [f"init_lora_weights={config.init_lora_weights!r}"] if config.init_lora_weights not in _PLAIN_INITS else []
-    if used:
-        raise ValueError(
-            f"{model_id} uses {', '.join(used)}, for which a LoRA node has no counterpart: load it by peft"
-        )
+    config = _read_config(os.fspath(model_id), **hub)
     nodes, weights = [], {}
     for module, pair in _read(os.fspath(model_id), **hub).items():
         if "." not in module:
             raise ValueError(f"{model_id} adapts {module!r}, where nodes do not act: they act within the blocks")
         rank = pair["A"].shape[0]
-        patterns = config.alpha_pattern or {}
-        alpha = patterns.get(get_pattern_key(list(patterns), module), config.lora_alpha)
-        alpha = alpha * rank**0.5 if config.use_rslora else alpha
+        patterns = config["alpha_pattern"] or {}
+        alpha = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
+        alpha = alpha * rank**0.5 if config["use_rslora"] else alpha
         dtype = str(pair["A"].dtype).removeprefix("torch.")
         name = lora_name(module)
-        nodes.append(Node(LoRA(rank, alpha, config.lora_dropout, dtype), component=module, name=name))
+        nodes.append(Node(LoRA(rank, alpha, config["lora_dropout"], dtype), component=module, name=name))
         weights[name] = pair
     graph_config = InterventionConfig(
         graph=InterventionGraph(*nodes), inference_mode=not is_trainable,
-        base_model_name_or_path=config.base_model_name_or_path, task_type=config.task_type,
+        base_model_name_or_path=config["base_model_name_or_path"], task_type=config["task_type"],
     )  # fmt: skip
+    trainable = [parameter for parameter in base.parameters() if parameter.requires_grad]
     model = InterventionModel(base, graph_config, adapter_name)
     try:
         for name, pair in weights.items():
             model.node(name).assign(**pair)
     except ValueError:
         model.tuner.unload()
+        for parameter in trainable:
+            parameter.requires_grad = True
         raise
     return model
 
@@ -310,27 +310,54 @@ def _state_dict(layers: dict[str, _Layer]) -> dict[str, Tensor]:
     return {key: tensor.cpu().contiguous() for key, tensor in named.items()}
 
 
-def _read(model_id: str, subfolder: str | None = None, **hub: Any) -> dict[str, dict[str, Tensor]]:
+def _read_config(model_id: str, **hub: Any) -> dict[str, Any]:
+    """Return what a LoRA checkpoint of PEFT says of its formula.
+
+    Raises:
+        ValueError: no LoRA, an option under which it computes something else, or a value that cannot be.
+    """
+    file = find_file(model_id, CONFIG, **hub)
+    if file is None:
+        raise ValueError(f"{model_id} holds no {CONFIG}: give the directory or Hub id of an adapter")
+    fields = read_object(file)
+    if fields.get("peft_type") != "LORA":
+        raise ValueError(f"{model_id} holds a {shown(fields.get('peft_type'))} adapter, not a LoRA: load it by peft")
+    config = {name: fields.get(name, default) for name, (default, _) in _FORMULA.items()}
+    for name, value in config.items():
+        if not fits(value, _FORMULA[name][1]):
+            raise ValueError(f"{name} in {file} must be {in_words(_FORMULA[name][1])}, got {shown(value)}")
+    used = [name for name in _OTHER_FORMULA if fields.get(name)]
+    used += [f"{name}={config[name]!r}" for name in ("bias", "init_lora_weights") if config[name] not in _PLAIN[name]]
+    if used:
+        raise ValueError(
+            f"{model_id} uses {', '.join(used)}, for which a LoRA node has no counterpart: load it by peft"
+        )
+    for pattern, alpha in (config["alpha_pattern"] or {}).items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"alpha_pattern in {file} has {shown(pattern)}, which is no pattern: {error}") from error
+        if not fits(alpha, float):
+            raise ValueError(f"alpha_pattern in {file} must hold numbers, got {shown(alpha)}")
+    return config
+
+
+def _read(model_id: str, **hub: Any) -> dict[str, dict[str, Tensor]]:
     """Read a checkpoint as `{module: {"A": …, "B": …}}`.
 
     Raises:
         ValueError: anything else in it.
     """
-    if os.path.isdir(model_id):
-        file = os.path.join(model_id, subfolder or "", WEIGHTS)
-        if not os.path.exists(file):
-            raise ValueError(f"there is no {file}: a LoRA is read from safetensors only, never from a pickle")
-    else:
-        file = huggingface_hub.hf_hub_download(model_id, WEIGHTS, subfolder=subfolder, **hub)
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or damaged ({error}): save or copy it again") from error
+    file = find_file(model_id, WEIGHTS, **hub)
+    if file is None:
+        raise ValueError(f"{model_id} holds no {WEIGHTS}: a LoRA is read from safetensors only, never from a pickle")
     pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in read_weights(file)[0].items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise ValueError(f"{file} holds {key!r}, for which a LoRA node has no counterpart: load it by peft")
+            raise ValueError(f"{file} holds {shown(key)}, for which a LoRA node has no counterpart: load it by peft")
+        if tensor.ndim != 2 or not tensor.is_floating_point():
+            raise ValueError(f"{file} holds {shown(key)}, which is no matrix of floats: it is damaged, copy it again")
         pairs.setdefault(match["module"], {})[match["letter"]] = tensor
     for module, pair in pairs.items():
         if pair.keys() != {"A", "B"}:

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from torch import nn
 
+from reftheads._utils.showing import shown
 from reftheads.architectures.addresses import locate
 from reftheads.architectures.structure import StackInfo, stacks
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.node import Node
+from reftheads.graph.serialisation import fits, in_words, types_of
 from reftheads.graph.site import Site
 from reftheads.interventions.heads import LinearHead, MappingHead, MLPHead
 
@@ -79,7 +81,7 @@ class HeadConfig:
     ignore_pads: bool | None = None
     block_gradients: bool | None = False
 
-    def __new__(cls, *args: Any, **given: Any):
+    def __new__(cls, /, *args: Any, **given: Any):
         known = [f.name for f in fields(cls)]
         unknown = [name for name in given if name not in known]
         if unknown:
@@ -126,12 +128,26 @@ def graph_of(configs: Iterable[HeadConfig | Mapping[str, Any]], base: nn.Module)
     """
     nodes = []
     for config in configs:
-        config = config if isinstance(config, HeadConfig) else HeadConfig(**config)
+        config = config if isinstance(config, HeadConfig) else _read(config)
         try:
             nodes.append(_node(config, base))
         except ValueError as error:
             raise ValueError(f"head {config.name!r}: {error}") from error
     return InterventionGraph(*nodes)
+
+
+def _read(values: Mapping[str, Any]) -> HeadConfig:
+    """Return the configuration of a head whose fields a file holds."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"a head is described by an object of its fields, got {shown(values)}")
+    types = types_of(HeadConfig)
+    for name, value in values.items():
+        if name in types and not fits(value, types[name]):
+            raise ValueError(f"{name} of HeadConfig must be {in_words(types[name])}, got {shown(value)}")
+    missing = [f.name for f in fields(HeadConfig) if f.default is MISSING and f.name not in values]
+    if missing:
+        raise ValueError(f"HeadConfig needs {missing[0]!r}, which is not in {shown(dict(values))}")
+    return HeadConfig(**values)
 
 
 def _node(config: HeadConfig, base: nn.Module) -> Node:

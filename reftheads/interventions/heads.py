@@ -20,6 +20,8 @@ from reftheads.interventions.losses import Loss, losses, masked_mean, quantile_l
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
+_MOST_LAYERS = 1000
+
 
 @dataclass(frozen=True)
 class MappingHead(Head):
@@ -42,8 +44,8 @@ class MappingHead(Head):
         bias: whether there is a b.
         dtype: of the parameters and of the computation, such as `torch.bfloat16` or its name; the name is kept.
         activation: "sigmoid", "softmax", "tanh" or another activation of transformers: of the prediction that users
-            see. `mse`, `mae`, `huber`, `quantile` and losses of one's own compare what it gives; the others, and a
-            node with this one as `source`, get what comes before it.
+            see. `mse`, `mse_of_each`, `mae`, `huber`, `quantile` and losses of one's own compare what it gives; the
+            others, and a node with this one as `source`, get what comes before it.
         pool: makes one prediction per row, from the "mean" of the hidden states of the selected tokens, or
             from Σᵢ aᵢhᵢ with a = softmax(q·hᵢ/√width), q learnt from 0, the mean ("attention").
         ignore_index: an integer target that stands for none. For floats NaN does.
@@ -290,6 +292,8 @@ class MLPHead(MappingHead):
         super().__post_init__()
         _check_count("hidden", self.hidden, self)
         _check_count("layers", self.layers, self)
+        if self.layers > _MOST_LAYERS:
+            raise ValueError(f"layers of MLPHead must be at most {_MOST_LAYERS}, got {self.layers:,}")
         if self.act_fn not in ACT2FN:
             raise ValueError(f"unknown act_fn {self.act_fn!r}: use one of {', '.join(sorted(ACT2FN))}")
 

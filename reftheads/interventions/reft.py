@@ -106,6 +106,16 @@ class LowRank(Edit):
         r = orthonormalise(p["M"])
         return {"R": r, "D": p["W"] - r.to(p["W"].dtype)} if self._one_product else {"R": r}
 
+    def check_parameters(self, p: Params) -> None:
+        if not self.orthonormal:
+            return
+        r = orthonormalise(p["M"]).double()
+        if not torch.allclose(r @ r.mT, torch.eye(self.rank, dtype=r.dtype, device=r.device), atol=1e-3):
+            raise ValueError(
+                f"M of a {type(self).__name__} must have {self.rank} rows that are independent, so that there is an "
+                "orthonormal R of the same span: these are not"
+            )
+
     @cached
     def _one_product(self) -> bool:
         """Return whether Wh − Rh can be had as Dh with D = W − R."""

@@ -170,6 +170,9 @@ class Gated(Edit):
     def derive(self, p: Params) -> Params:
         return self.inner.derive(p)
 
+    def check_parameters(self, p: Params) -> None:
+        self.inner.check_parameters(p)
+
     def edit(
         self, p: Params, h: Float[Tensor, "batch slots width"], context: Context
     ) -> Float[Tensor, "batch slots width"]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from reftheads._utils.deprecation import reordered
@@ -24,6 +25,8 @@ from reftheads.runtime.plan import PlannedNode
 
 
 @reordered("model", "rows", "tokenizer", tokenizer=PreTrainedTokenizerBase)
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit_probes(
     model: InterventionModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -17,7 +17,7 @@ from reftheads.adapter.model import InterventionModel
 from reftheads.architectures.structure import arguments
 from reftheads.data.rows import prompt_mask
 from reftheads.graph.intervention import Params
-from reftheads.inference.prediction import batches, reusing_where_possible
+from reftheads.inference.prediction import batches, device_of, reusing_where_possible
 from reftheads.interventions.heads import MappingHead
 from reftheads.probing.targets import Column
 from reftheads.reuse.store import ActivationStore
@@ -96,7 +96,9 @@ def record(
     _check_memory(planned, keys, rows, model)
     with torch.no_grad(), evaluating(model), _instead(model, dict(zip(modules, eyes, strict=True))):
         with reusing_where_possible(model, store):
-            for _, batch in batches(_inputs(model, rows, columns), tokenizer, batch_size, model.device, "recording"):
+            for _, batch in batches(
+                _inputs(model, rows, columns), tokenizer, batch_size, device_of(model), "recording"
+            ):
                 model(**batch)
     numbers = {key: i for i, key in enumerate(sites)}
     every = {key: torch.cat(sites.pop(key)) for key in list(sites)}
@@ -159,7 +161,7 @@ def _check_memory(
         bound = 1 if pool else p.node.positions.bound
         items = int((lengths if bound is None else lengths.clamp(max=bound)).sum())
         needed += items * address.width * (4 if dtype is None else dtype.itemsize)
-    free = free_bytes(model.device)
+    free = free_bytes(device_of(model))
     if needed > free / 2:
         raise ValueError(
             f"what {len(planned)} probes see of {len(rows)} rows takes up to {needed / 2**30:.3g} GiB, and "

@@ -8,10 +8,25 @@ epoch and under every set of parameters, so that it can be computed once and rep
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reftheads.architectures.structure import StackInfo
 from reftheads.runtime.plan import PlannedNode
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Say which parts of reuse give something else than the plain path, and what; `None`: that part does not.
+
+    Attributes:
+        prefix: leaving out the beginnings of rows.
+        layers: leaving out the first blocks.
+        everything: whatever is left out.
+    """
+
+    prefix: str | None = None
+    layers: str | None = None
+    everything: str | None = None
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,7 @@ class Cone:
         constant: the readers that see what the base model computes, whatever the parameters are.
         inside: all other nodes of the stack.
         elsewhere: whether nodes act in another stack.
+        differences: what a comparison with the plain path has shown.
 
     Example:
         ```python
@@ -47,6 +63,7 @@ class Cone:
     constant: tuple[PlannedNode, ...]
     inside: tuple[PlannedNode, ...]
     elsewhere: bool
+    differences: Differences = Differences()
 
     @classmethod
     def of(cls, nodes: Sequence[PlannedNode], stack: StackInfo) -> Cone:
@@ -64,6 +81,11 @@ class Cone:
             inside=tuple(planned for planned in here if planned not in constant),
             elsewhere=len(here) < len(nodes),
         )
+
+    def with_all_layers(self, why: str | None) -> Cone:
+        """Return the cone of which every block runs in every step, and every reader reads anew."""
+        different = replace(self.differences, layers=why)
+        return replace(self, cut=0, constant=(), inside=self.nodes, differences=different)
 
     @property
     def nodes(self) -> tuple[PlannedNode, ...]:

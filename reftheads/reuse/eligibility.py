@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from reftheads._utils.lazy import cached
 from reftheads.architectures.structure import arguments, own_modules
 from reftheads.reuse.cone import Cone
 from reftheads.reuse.facts import Facts
-from reftheads.reuse.frozen import elements_given, keeps_pieces
+from reftheads.reuse.frozen import has_usual_loss, keeps_pieces, output_of_block, shifts_labels
+from reftheads.runtime.plan import PlannedNode
 from reftheads.runtime.scope import Call
 
 NO_EDIT = "no edit: all that is kept is what the readers see"
@@ -34,6 +36,7 @@ class Eligibility:
         self._random = [place for _, module in self._modules for place in _random_settings(module)]
         self._batch_norms = [m for _, m in self._modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._hands_on = bool(HANDED_ON & set(arguments(facts.blocks[0])))
+        self._chooses_keys = any("Indexer" in type(module).__name__ for module in facts.stack.modules())
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -57,9 +60,14 @@ class Eligibility:
             return "adapters are disabled"
         if "labels" in facts.targets:
             return "a head has the target 'labels', as the model itself has: copy it to a column of another name"
-        weight = next((weight for _, weight in self._weights()), None)
-        if weight is not None and (weight.is_meta or hasattr(weight, "ds_id") or isinstance(weight, DTensor)):
-            return "the weights of the base model are spread over processes or kept elsewhere"
+        if "input_ids" not in facts.arguments:
+            return f"the blocks in {facts.info.path or 'the model'!r} are not fed tokens"
+        sharded = any(isinstance(module, FSDPModule) for _, module in self._modules)  # between passes as within them
+        if sharded or any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for _, weight in self._weights()):
+            return "weights of the base model are spread over processes"
+        away = next((name for name, weight in self._weights() if weight.is_meta), None)
+        if away is not None:
+            return f"weights of the base model are on disk, or kept elsewhere until they are needed ({away})"
         trained = next((name for name, weight in self._weights() if weight.requires_grad), None)
         if trained is not None:
             return f"weights of the base model are trained ({trained})"
@@ -78,37 +86,80 @@ class Eligibility:
     def why_no_prefix(self, cone: Cone) -> str | None:
         """Return why all tokens of a row are computed in every step."""
         facts = self.facts
-        if not facts.causal or facts.seq2seq:
+        if not self._sees_earlier_alone:
             return "every token sees all the others"
         if cone.first is None:
             return NO_EDIT
-        first = next((str(p.node.positions) for p in cone.inside if p.node.positions.begins_with_first), None)
+        first = first_token(cone.inside)
         if first is not None:
-            return f"positions {first!r} begin with the first token"
+            return first
         if any(getattr(block, "gradient_checkpointing", False) and block.training for block in facts.blocks):
             return "activation checkpointing goes without a cache"
-        if facts.stack is not facts.base and facts.lm_head is None:
+        if facts.stack is not facts.base and self.lm_head is None:
             return "the model's own loss looks at every token"
-        if _recurrent(getattr(facts.stack, "config", None)):
+        return self.why_no_cache() or cone.differences.prefix
+
+    def why_no_cache(self) -> str | None:
+        """Return why the stack does not go on from the keys and values of earlier tokens."""
+        if not self._sees_earlier_alone:
+            return "every token sees all the others"
+        if _recurrent(getattr(self.facts.stack, "config", None)):
             return "blocks carry a recurrent state"
-        if not self._keeps_pieces:
-            return "blocks do not keep keys and values of one shape"
-        return None
+        return None if self._keeps_pieces else "blocks do not keep keys and values of one shape"
 
     def why_no_layers(self, cone: Cone) -> str | None:
         """Return why the blocks below the first edit run in every step."""
-        if self._hands_on and (cone.cut or cone.constant):
+        if not cone.cut and not cone.constant:
+            return cone.differences.layers
+        if self._hands_on:
             return "blocks hand on more than the hidden state"
-        return None
+        if self._chooses_keys:
+            return "blocks choose the tokens that they attend to, and of equal ones not the same in every batch"
+        if not self._gives_hidden_state:
+            return "blocks give no hidden state, alone or at the head of a tuple or list"
+        return cone.differences.layers
+
+    @property
+    def _sees_earlier_alone(self) -> bool:
+        return self.facts.causal and not self.facts.seq2seq
 
     @cached
     def _keeps_pieces(self) -> bool:
         return keeps_pieces(self.facts)
 
+    @property
+    def lm_head(self) -> nn.Module | None:
+        """Return the vocabulary projection of a causal language model whose loss is the usual one."""
+        base: Any = self.facts.base
+        generates = self.facts.layer.kind.generative and not self.facts.seq2seq
+        usual = generates and has_usual_loss(base) and self._shifts_labels
+        return base.get_output_embeddings() if usual else None
+
     @cached
-    def elements(self) -> int:
-        """Return how many elements the tuple has that a block returns; 0 for a tensor."""
-        return elements_given(self.facts)
+    def _shifts_labels(self) -> bool:
+        return shifts_labels(self.facts)
+
+    def as_block_output(self, h: Tensor) -> Any:
+        """Return what a block gives whose hidden state is `h`; whatever it gives beside that is missing."""
+        output = self._block_output
+        return h if isinstance(output, Tensor) else type(output)([h, *[None] * (len(output) - 1)])
+
+    @cached
+    def _block_output(self) -> Any:
+        return output_of_block(self.facts)
+
+    @property
+    def _gives_hidden_state(self) -> bool:
+        """Return whether a block gives a hidden state, alone or at the head of a tuple or list."""
+        output = self._block_output
+        return isinstance(output, Tensor) or (type(output) in (tuple, list) and isinstance(output[0], Tensor))
+
+
+def first_token(nodes: Iterable[PlannedNode]) -> str | None:
+    """Return why nothing comes before what nodes look at: one of them takes the first token of every row."""
+    rules = (planned.node.positions for planned in nodes)
+    first = next((str(rule) for rule in rules if rule.begins_with_first), None)
+    return None if first is None else f"positions {first!r} begin with the first token"
 
 
 def _recurrent(config: Any) -> bool:

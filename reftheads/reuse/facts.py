@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from reftheads._utils.lazy import cached
 from reftheads.architectures.structure import StackInfo, arguments, stacks
@@ -52,6 +52,9 @@ class Facts:
         compiled = next((plan.stacks for plan in layer.plans.values()), None)
         known = stacks(base) if compiled is None else compiled
         fed = [stack for stack in known if stack.role == "encoder" or not layer.kind.seq2seq]
+        if len(fed) > 1:  # beside the text, pictures or sound
+            fed = [stack for stack in fed if _embeds_tokens(base, stack)]
+            fed = [stack for stack in fed if all(len(stack.path) >= len(other.path) for other in fed)]
         if len(fed) != 1:
             raise ValueError(
                 f"activations can be reused in models with one stack of blocks that is fed, not {len(fed)}"
@@ -89,12 +92,18 @@ class Facts:
         return next((p.device for p in self.stack.parameters()), torch.device("cpu"))
 
     @property
-    def lm_head(self) -> nn.Module | None:
-        """Return the vocabulary projection of a causal language model whose loss is the usual one."""
-        if self.seq2seq or not self.layer.kind.generative:
-            return None
-        usual = getattr(self.base, "loss_function", None) is ForCausalLMLoss
-        return self.base.get_output_embeddings() if usual else None  # type: ignore[operator]
+    def autocast(self) -> torch.dtype | None:
+        """Return the type that autocast computes in here and now; `None` where it is not on."""
+        kind = self.device.type
+        active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if active else None
+
+    @property
+    def computing(self) -> tuple[Any, ...]:
+        """Return how the stack computes here and now: the types, the device and the way of attention."""
+        weight = next(self.stack.parameters(), None)
+        attention = getattr(getattr(self.base, "config", None), "_attn_implementation", None)
+        return attention, self.autocast, None if weight is None else weight.dtype, self.device
 
     @property
     def targets(self) -> set[str]:
@@ -111,3 +120,13 @@ class Facts:
     def dtype(self) -> torch.dtype:
         """Return the type of the first of the base model's floating-point weights."""
         return next((p.dtype for p in self.base.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _embeds_tokens(base: Any, stack: StackInfo) -> bool:
+    """Return whether a stack is that of the text: it takes tokens, and the model's embeddings of them are its own."""
+    module = base.get_submodule(stack.path)
+    try:
+        embeddings = base.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return False
+    return "input_ids" in arguments(module) and any(part is embeddings for part in module.modules())

@@ -64,7 +64,7 @@ class _Costs:
     @classmethod
     def of(cls, replay: Replay) -> _Costs:
         base, info = replay.facts.base, replay.facts.info
-        head = replay.facts.lm_head
+        head = replay.eligibility.lm_head
         dtype = replay.facts.dtype
         stack: Stack | None = "encoder" if replay.facts.seq2seq else None
         width = locate(base, Site(0, "block_input", stack=stack)).width
@@ -126,12 +126,12 @@ def _weights(module: nn.Module, config: Any) -> float:
 
 def describe(replay: Replay, batches: Iterable[Mapping[str, Any]] = ()) -> str:
     """Return what is reused, what is not and why; with batches, what that makes of a training step."""
-    cone = replay.cone
     table = Table(box=None, show_header=False, pad_edge=False)
-    plain = replay.eligibility.why_plain()
+    plain = replay.why_plain()
     if plain is not None:
         table.add_row("reuse", f"nothing: {plain}")
         return render(table)
+    cone = replay.cone
     blocks = len(replay.facts.blocks)
     no_prefix, no_layers = replay.eligibility.why_no_prefix(cone), replay.eligibility.why_no_layers(cone)
     table.add_row(
@@ -147,8 +147,12 @@ def describe(replay: Replay, batches: Iterable[Mapping[str, Any]] = ()) -> str:
         names = ", ".join(str(planned.node.name) for planned in cone.constant)
         table.add_row("readers", f"what {names} read{'s' if len(cone.constant) == 1 else ''} is kept")
     table.add_row(
-        "logits", "where there is a label" if replay.facts.lm_head is not None else "as the base model has them"
+        "logits", "where there is a label" if replay.eligibility.lm_head is not None else "as the base model has them"
     )
+    if replay.facts.causal and replay.facts.layer.kind.generative:
+        no_generation = replay.why_no_generation()
+        begins = "generate begins with what is kept of them"
+        table.add_row("prompts", f"not reused by generate: {no_generation}" if no_generation else begins)
     batches = list(batches)
     if batches:
         forecast = Forecast.of(replay, batches)

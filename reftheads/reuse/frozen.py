@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -10,7 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
 
+from reftheads._utils.eval_mode import evaluating
+from reftheads.graph.intervention import IGNORE
 from reftheads.graph.site import Side
 from reftheads.reuse.facts import Facts
 from reftheads.reuse.layout import Layout
@@ -87,27 +91,52 @@ def keeps_pieces(facts: Facts) -> bool:
     """Return whether all blocks keep keys and values of one shape for a token, as one token shows."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=facts.device)
     cache = cache_of([[]], 0, 1, len(facts.blocks))
-    run_frozen(facts, Capture({FILLED}), {}, inputs_of(facts, ids, Layout.behind([0], [1], [0])), cache)
     try:
+        run_frozen(facts, Capture({FILLED}), {}, inputs_of(facts, ids, Layout.behind([0], [1], [0])), cache)
         pieces_of(cache, 0, [1], 0)
-    except ValueError:
+    except Exception:  # whatever a cache of another kind makes of this one
         return False
     return True
 
 
-def elements_given(facts: Facts) -> int:
-    """Return how many elements the tuple has that a block returns, as one token shows; 0 for a tensor."""
-    counts: list[int] = []
+def output_of_block(facts: Facts) -> Any:
+    """Return what the first block returns, as one token shows; `None` where the stack does not run on one alone."""
+    outputs: list[Any] = []
 
-    def count(block: nn.Module, args: Any, output: Any) -> None:
-        counts.append(len(output) if isinstance(output, tuple) else 0)
+    def keep(block: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output)
         raise Done
 
     ids = torch.zeros(1, 1, dtype=torch.long, device=facts.device)
-    handle = facts.blocks[0].register_forward_hook(in_this_thread(count), prepend=True)
+    handle = facts.blocks[0].register_forward_hook(in_this_thread(keep), prepend=True)
     try:
-        with torch.no_grad(), facts.layer.silent(), suppress(Done):
+        with torch.no_grad(), facts.layer.silent(), suppress(Exception):
             facts.stack(input_ids=ids, attention_mask=torch.ones_like(ids))
     finally:
         handle.remove()
-    return counts[0]
+    return outputs[0] if outputs else None
+
+
+def has_usual_loss(base: nn.Module) -> bool:
+    """Return whether a model has the loss function of the next tokens, which its forward may not use."""
+    return getattr(base, "loss_function", None) is ForCausalLMLoss
+
+
+def shifts_labels(facts: Facts) -> bool:
+    """Return whether a model's loss is that which its function makes of the next tokens, as a few tokens show."""
+    base: Any = facts.base
+    ids = torch.arange(4, device=facts.device)[None] % base.get_output_embeddings().weight.shape[0]
+    labels = ids.masked_fill(ids == 1, IGNORE)
+    options = {"num_items_in_batch": 3} if _takes_any(base) else {}
+    try:
+        with torch.no_grad(), facts.layer.silent(), torch.random.fork_rng(), evaluating(base):
+            output = base(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, **options)
+            usual = base.loss_function(output.logits, labels, output.logits.shape[-1], **options)
+    except Exception:  # a model that is fed more than tokens
+        return False
+    return bool(torch.isclose(output.loss.double(), usual.double(), rtol=1e-3))
+
+
+def _takes_any(module: nn.Module) -> bool:
+    """Return whether a module's forward takes arguments of any name."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())

@@ -86,6 +86,7 @@ class Rows:
         ids: of every row, all that the stack is fed of its real tokens.
         layout: the computed part.
         masks: of every rule, what it selects of the batch; on the CPU.
+        silent: the rules whose nodes neither edit nor read in such a batch.
         starts, lengths: the column of each row's first real token; how many there are, those left out that come
             behind all that is looked at.
         divided: whether prefixes are left out. What is computed stands where it stood otherwise.
@@ -95,6 +96,7 @@ class Rows:
     ids: list[bytes]
     layout: Layout
     masks: dict[Positions, Bool[Tensor, "rows columns"]]
+    silent: frozenset[Positions]
     starts: list[int]
     lengths: list[int]
     divided: bool
@@ -118,4 +120,5 @@ class Rows:
         layout = Layout.behind(prefixes, lengths, starts) if self.divided else Layout.whole(self.layout.real[index])
         fed = {name: values[index] for name, values in self.fed.items()}
         masks = {rule: mask[index] for rule, mask in self.masks.items()}
-        return Rows(fed, [self.ids[i] for i in some], layout, masks, starts, lengths, self.divided)
+        ids = [self.ids[i] for i in some]
+        return Rows(fed, ids, layout, masks, self.silent, starts, lengths, self.divided)

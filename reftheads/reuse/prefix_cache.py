@@ -96,9 +96,13 @@ def cache_of(
     return cache
 
 
-def growing(rows: Sequence[Sequence[Piece]], past: int) -> DynamicCache:
-    """Return a cache for `generate`: of all blocks, each row's pieces padded at the left to `past` columns."""
-    cache = DynamicCache()
+def growing(rows: Sequence[Sequence[Piece]], past: int, config: Any) -> DynamicCache:
+    """Return a cache as `generate` makes it: of all blocks, each row's pieces padded at the left to `past` columns.
+
+    Args:
+        config: of the model, which says where a block looks no further than a window.
+    """
+    cache = DynamicCache(config=config.get_text_config(decoder=True))
     for block, layer in enumerate(cache_of(rows, past, 0, max(len(p.keys) for pieces in rows for p in pieces)).layers):
         cache.update(layer.keys, layer.values, block)  # type: ignore[union-attr]
     return cache

@@ -1,80 +1,38 @@
 """Computing only the cone of influence: what no parameter can change is recorded once and replayed.
 
-A batch goes through `Replay` in four steps:
+A batch goes through `Execution` in four steps:
 
 1. its rows are divided into a prefix that no node and no label looks at, and the rest (`Split`);
 2. a `Recorder` gives what the base model computes below and before the cone, from its store or anew;
 3. the rest of the rows goes through the model as a run in which the blocks below the cone give what was recorded
-   (`_prepared`), and no further than somebody looks: one of four ways (`__call__`);
+   (`_prepared`), and no further than somebody looks: one of four ways (`through`);
 4. logits are computed where there is a label, and the losses of the model and of its heads are added.
 
 The result is that of the plain path. Where that cannot be promised, a batch takes the plain path, or leaves out the
-part that cannot; `Eligibility` says why.
+part that cannot; `Eligibility` says why, or a `Comparison` has found it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers.modeling_outputs import BaseModelOutput
+from torch import Tensor
 
-from reftheads._utils.eval_mode import evaluating
-from reftheads.graph.intervention import IGNORE
-from reftheads.graph.selection import Selection
-from reftheads.graph.tokens import Tokens
-from reftheads.interventions.losses import or_zero
+from reftheads.reuse.comparison import Comparison
 from reftheads.reuse.cone import Cone
-from reftheads.reuse.eligibility import NO_EDIT, Eligibility
+from reftheads.reuse.eligibility import Eligibility, first_token
+from reftheads.reuse.execution import Execution
 from reftheads.reuse.facts import Facts
-from reftheads.reuse.frozen import inputs_of
-from reftheads.reuse.layout import Rows
-from reftheads.reuse.prefix_cache import cache_of, growing
-from reftheads.reuse.recorder import Recorded, Recorder
-from reftheads.reuse.split import OURS, Split, shifted
 from reftheads.reuse.store import ActivationStore
-from reftheads.runtime.acting import read
-from reftheads.runtime.hooks import ending, in_this_thread
-from reftheads.runtime.interventions import RUN
-from reftheads.runtime.output import extend, replaced
-from reftheads.runtime.passes import Acting, Frame, HookKey, Replayed, Run, by_name
 from reftheads.runtime.plan import Plan
-from reftheads.runtime.roster import acting_on, nodes_of, side_by_side
 from reftheads.runtime.scope import Call
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Int
 
-
-@dataclass(frozen=True)
-class _Batch:
-    """A batch on its way: what it is made of, and what is known of it.
-
-    Attributes:
-        given: as it came, without what is `None`.
-        rows: how its rows are divided.
-        run: of the nodes inside the cone; the constant readers have read already.
-        inputs: of the model: of the whole batch, or of what is left of it.
-        targets: of heads.
-    """
-
-    given: dict[str, Any]
-    rows: Rows
-    run: Run
-    inputs: dict[str, Any]
-    targets: dict[str, Tensor]
-
-    @property
-    def read(self) -> Any:
-        """Return what was read, and nothing else, as an output."""
-        return extend(BaseModelOutput(), by_name(self.run.readings), self.targets)
+KNOWN = 16  # comparisons that are remembered, of the adapters that acted together last
 
 
 class Replay:
@@ -90,57 +48,60 @@ class Replay:
         self.facts = facts
         self.store = store
         self.eligibility = Eligibility(facts)
-        self.split = Split(facts, self.eligibility)
-        self.recorder = Recorder(facts, store)
-        self._cone: tuple[list[Plan], Cone] | None = None
+        self.execution = Execution(facts, self.eligibility, store)
+        self.split = self.execution.split
+        self._compared: list[tuple[list[Plan], Any, Comparison]] = []  # the latest first
 
     def kept_in(self, store: ActivationStore | None) -> Replay:
-        """Return the same with another store."""
+        """Return the same with another store; what was compared is known to both."""
         other = copy(self)
-        other.store, other.recorder = store, Recorder(self.facts, store)
+        other.store, other.execution = store, Execution(self.facts, self.eligibility, store)
         return other
 
-    def differs(self, model: nn.Module, batch: Mapping[str, Any]) -> str | None:
-        """Return how the loss of a batch comes out otherwise than on the plain path; `None` if it does not.
+    def why_plain(self, call: Call | None = None) -> str | None:
+        """Return why nothing can be reused, in the state that the model is in.
 
-        It does for no architecture that this was tested on; this is for the others. It runs without gradient, without
-        the nodes' dropout, and leaves the random numbers as they were.
+        Args:
+            call: the one in question; left out, one that begins here and now.
         """
-        try:
-            with torch.no_grad(), torch.random.fork_rng(enabled=True), evaluating(self.facts.layer):
-                plain = model(**batch)
-                replayed = self(batch)
-        except Exception as error:  # whatever an unknown architecture makes of a pass in two parts
-            return f"this model cannot run in parts ({error})"
-        if replayed is None:
-            return self.eligibility.why_plain() or "a batch holds more than tokens, their labels and targets of heads"
-        if plain.get("loss") is None:
-            return None
-        a, b = float(plain["loss"]), float(replayed["loss"])
-        device = self.facts.device.type
-        computed = set(self.eligibility.dtypes)
-        if torch.is_autocast_enabled(device):
-            computed.add(torch.get_autocast_dtype(device))
-        tolerance = max(1e-4, 4 * max((torch.finfo(dtype).eps for dtype in computed), default=0))
-        if abs(a - b) > tolerance * max(abs(a), 1):
-            return f"the loss would be {b:.6g} instead of {a:.6g}"
-        return None
+        call = call or self.facts.layer.new_call()
+        return self.eligibility.why_plain(call) or self._comparison(call).cone.differences.everything
+
+    def why_no_generation(self) -> str | None:
+        """Return why `generate` does not begin with what is kept."""
+        no_cache = self.eligibility.why_no_cache()
+        if no_cache is not None:
+            return no_cache
+        comparison = self._comparison(self.facts.layer.new_call())
+        first = first_token(comparison.cone.nodes)
+        return comparison.generation if first is None else first
 
     @property
     def cone(self) -> Cone:
         """Return the cone of the adapters that act now, as far as it can be used."""
-        return self._cone_of(self.facts.layer.new_call())
+        return self._comparison(self.facts.layer.new_call()).cone
 
-    def _cone_of(self, call: Call) -> Cone:
-        plans = self.facts.layer.plans
-        acting = [plans[name] for name in dict.fromkeys(call.adapter_names or call.adapters) if name in plans]
-        known = self._cone
-        if known is None or list(map(id, acting)) != list(map(id, known[0])):
-            cone = Cone.of([planned for plan in acting for planned in plan.nodes], self.facts.info)
-            if self.eligibility.why_no_layers(cone) is not None:
-                cone = replace(cone, cut=0, constant=(), inside=cone.nodes)
-            self._cone = known = acting, cone
-        return known[1]
+    def _comparison(self, call: Call) -> Comparison:
+        """Return what is compared with the plain path for the adapters of a call; it is made once for their graphs.
+
+        Nothing runs until it is asked for what came out.
+        """
+        plans, state = self.facts.layer.plans, self.facts.computing
+        acting = {name: plans[name] for name in call.adapter_names or call.adapters if name in plans}
+        for known, then, comparison in self._compared:
+            if then == state and list(map(id, known)) == list(map(id, acting.values())):
+                return comparison
+        one_each: dict[str, Plan] = {}
+        for name, plan in acting.items():
+            if all(plan.graph != other.graph for other in one_each.values()):
+                one_each[name] = plan
+        cone = Cone.of([planned for plan in one_each.values() for planned in plan.nodes], self.facts.info)
+        reason = self.eligibility.why_no_layers(cone)
+        cone = cone if reason is None else cone.with_all_layers(reason)
+        comparison = Comparison(Execution(self.facts, self.eligibility, None), list(one_each), cone)
+        self._compared.insert(0, (list(acting.values()), state, comparison))
+        del self._compared[KNOWN:]
+        return comparison
 
     # --- one batch ------------------------------------------------------------------------------------------
 
@@ -154,114 +115,8 @@ class Replay:
         call = self.facts.layer.new_call()
         if self.eligibility.why_plain(call) is not None or not self.split.understands(given):
             return None
-        cone = self._cone_of(call)
-        prepared = self._prepared(call, cone, given)
-        if not cone.inside and not cone.elsewhere and "labels" not in given:
-            return prepared.read
-        if "labels" not in given and not cone.elsewhere:
-            return self._through_stack(cone, prepared)
-        lm_head = self.facts.lm_head
-        if "labels" not in given or lm_head is None:
-            return self._through_base(prepared)
-        return self._through_label_rows(call, lm_head, prepared)
-
-    def _prepared(self, call: Call, cone: Cone, given: dict[str, Any]) -> _Batch:
-        rows = self.split.rows(cone, given, call)
-        above = bool(cone.inside) or cone.elsewhere or "labels" in given
-        recorded = self.recorder.rows(cone, rows, above)
-        run = self._run(call, cone, rows, recorded)
-        targets = {name: given[name] for name in self.facts.targets & given.keys()}
-        inputs = {name: value for name, value in given.items() if name not in {*OURS, *targets}}
-        if rows.divided and above:
-            targets |= {name: rows.layout.pick(target) for name, target in self.split.by_token(given).items()}
-            inputs = inputs_of(self.facts, rows.layout.pick(given["input_ids"]), rows.layout)
-            past, room = rows.layout.past, rows.layout.real.shape[1]
-            cache = cache_of(recorded.past, past, room, len(self.facts.blocks))
-            inputs |= {"past_key_values": cache, "use_cache": True}
-        return _Batch(given, rows, run, inputs, targets)
-
-    def _run(self, call: Call, cone: Cone, rows: Rows, recorded: Recorded) -> Run:
-        facts, layout = self.facts, rows.layout
-        acting: dict[HookKey, list[Acting]] = {}
-        constant: list[Acting] = []
-        nodes = list(nodes_of(facts.layer, facts.info.path, call))
-        for act in acting_on(facts.layer, nodes, call, layout.columns):
-            if act.planned in recorded.read:
-                constant.append(act)
-            else:
-                acting.setdefault((act.planned.address.module, act.planned.address.side), []).append(act)
-        run = Run(
-            facts.info.path,
-            Frame(0, None, None, None),
-            acting,
-            (layout.real.shape[0], layout.real.shape[1]),
-            masks={rule: layout.pick(mask) & layout.real for rule, mask in rows.masks.items()},
-            replayed=None if recorded.hidden is None else self._replayed(cone, _laid_out(recorded.hidden, rows)),
-        )
-        for act in constant:
-            _read(run, act, rows, recorded.read[act.planned])
-        return run
-
-    def _replayed(self, cone: Cone, hidden: Float[Tensor, "rows computed width"]) -> Replayed:
-        self.facts.layer.hold_blocks(self.facts.info, self.facts.base)
-        elements = self.eligibility.elements
-        return Replayed(cone.cut, (hidden, *[None] * (elements - 1)) if elements else hidden)
-
-    # --- the ways through the model ---------------------------------------------------------------------------
-
-    def _through_stack(self, cone: Cone, batch: _Batch) -> Any:
-        """Return what is read; the pass ends with the last reader."""
-        inputs = {name: value for name, value in batch.inputs.items() if name in self.facts.arguments}
-        places: list[HookKey] = [(p.address.module, p.address.side) for p in cone.inside if not p.edits]
-        readings = batch.run.readings
-        every = len(readings) + len(places)
-        with ending(self.facts.base, places, lambda: len(readings) == every):
-            self.facts.stack(**inputs, **{RUN: batch.run})
-        return batch.read
-
-    def _through_base(self, batch: _Batch) -> Any:
-        """Return what the whole model gives: without labels, or with a loss that looks at all logits."""
-        ours = {name: batch.given[name] for name in OURS if name in batch.given}
-        return self.facts.base(**batch.inputs, **batch.targets, **ours, **{RUN: batch.run})
-
-    def _through_label_rows(self, call: Call, lm_head: nn.Module, batch: _Batch) -> Any:
-        """Return the model's output with its loss, logits being computed where there is a label alone."""
-        layout, labels = batch.rows.layout, batch.given["labels"]
-        wanted = layout.pick(shifted(labels)).masked_fill(~layout.real.to(labels.device), IGNORE).flatten()
-        where = (wanted != IGNORE).nonzero()[:, 0]
-        handle = lm_head.register_forward_pre_hook(in_this_thread(partial(_only, where)))
-        try:
-            out = self.facts.base(**batch.inputs, **batch.targets, **{RUN: batch.run})
-        finally:
-            handle.remove()
-        adapters = side_by_side(self.facts.layer, call, len(labels))
-        counts = [len(where)]
-        if adapters:  # rows come one adapter after the other
-            share = wanted.numel() // len(adapters)
-            counts = torch.bincount(where // share, minlength=len(adapters)).tolist()
-        options = {name: batch.given[name] for name in ("num_items_in_batch",) if name in batch.given}
-        losses = [
-            self._loss(logits, of_logits, options)
-            for logits, of_logits in zip(out.logits.split(counts, 1), wanted[where].split(counts), strict=True)
-        ]
-        loss = losses[0]
-        if adapters:
-            scales = [1 if options else count / len(where) for count in counts]
-            loss = torch.stack([part * scale for part, scale in zip(losses, scales, strict=True) if scale]).sum()
-        heads = out.get("head_loss")
-        values: dict[str, Any] = {"loss": loss if heads is None else loss + heads, "logits": None}
-        values |= {"past_key_values": None} if hasattr(out, "past_key_values") else {}
-        by_adapter = {"adapter_loss": dict(zip(adapters, losses, strict=True))} if adapters else {}
-        return replaced(out, **values, **by_adapter)
-
-    def _loss(
-        self, logits: Float[Tensor, "1 labelled vocabulary"], labels: Int[Tensor, " labelled"], options: dict[str, Any]
-    ) -> Float[Tensor, ""]:
-        base: Any = self.facts.base
-        loss = base.loss_function(
-            logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=labels, **options
-        )
-        return or_zero(loss, labels)
+        cone = self._comparison(call).cone
+        return None if cone.differences.everything is not None else self.execution.through(call, cone, given)
 
     # --- generation -----------------------------------------------------------------------------------------
 
@@ -273,47 +128,6 @@ class Replay:
         Args:
             input_ids, attention_mask: prompts padded at the left.
         """
-        cone = self.cone
-        if self.eligibility.why_plain() is not None or self.eligibility.why_no_prefix(cone) not in (None, NO_EDIT):
+        if self.why_plain() is not None or self.why_no_generation() is not None:
             return None
-        ids = input_ids.cpu()
-        real = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
-        if real.shape != ids.shape or bool((real[:, 1:] < real[:, :-1]).any()):
-            return None
-        tokens = Tokens.of((ids.shape[0], ids.shape[1]), 0, real, None, ids)
-        needed = torch.stack([planned.node.positions.mask(tokens) for planned in cone.nodes]).any(0).any(0)
-        past = int(torch.cat([needed.int()[:-1], needed.new_ones(1).int()]).argmax())
-        rows = [row[mask[:past].bool()] for row, mask in zip(input_ids[:, :past], real, strict=True)]
-        return growing(self.recorder.prefixes(rows), past) if any(map(len, rows)) else None
-
-
-def _read(run: Run, act: Acting, rows: Rows, seen: Sequence[Float[Tensor, "selected width"]]) -> None:
-    """Let a constant reader read what was recorded of the tokens that it selects."""
-    rule = act.planned.node.positions
-    mask = rows.masks[rule].to(seen[0].device)
-    selection = Selection() if bool(mask.all()) and rule.bound is None else rule.pick(mask)
-    if selection is None:
-        return
-    if act.rows is not None:
-        selection = selection.rows(act.rows.to(mask.device), mask.shape[1])
-    if selection.columns is None:
-        h = seen[0].new_zeros((*mask.shape, seen[0].shape[-1]))
-        h[mask] = torch.cat(list(seen))
-    else:
-        h = pad_sequence(list(seen), batch_first=True)
-        h = F.pad(h, (0, 0, 0, selection.columns.shape[1] - h.shape[1]))
-    read(run, act, h, selection, mask.shape[1])
-
-
-def _only(where: Int[Tensor, " labelled"], module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-    return (args[0].flatten(0, 1)[where.to(args[0].device)][None],)
-
-
-def _laid_out(hidden: list[Float[Tensor, "tokens width"]], rows: Rows) -> Float[Tensor, "rows computed width"]:
-    """Return [tokens width] of each row as one tensor; what fills up the rows is zero."""
-    if rows.divided:
-        return pad_sequence(hidden, batch_first=True)
-    real = rows.layout.real.to(hidden[0].device)
-    out = hidden[0].new_zeros((*real.shape, hidden[0].shape[-1]))
-    out[real] = torch.cat(hidden)
-    return out
+        return self.execution.prefilled(self.cone, input_ids, attention_mask)

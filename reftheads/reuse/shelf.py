@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from reftheads.reuse.facts import Facts
@@ -26,9 +25,8 @@ class Shelf:
     def __init__(self, facts: Facts, store: ActivationStore | None):
         self.device = facts.device
         self.store = store
-        kind = self.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        self._settings = digest(str(facts.fingerprint), str(autocast))
+        state = "" if store is None else str(facts.fingerprint)  # which reads all weights once
+        self._settings = digest(state, str(facts.autocast))
 
     def key(self, *parts: str | int | bytes) -> str:
         """Return the key of what is computed from these parts."""

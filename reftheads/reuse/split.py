@@ -71,7 +71,7 @@ class Split:
             # what classifies a row is its first column
             return not self.facts.causal and not bool(mask[:, 0].all())
         judged = shifted(labels) != IGNORE
-        if self.facts.lm_head is None:
+        if self.eligibility.lm_head is None:
             judged = judged | (labels != IGNORE)
         return bool((judged & (mask == 0)).any())
 
@@ -90,19 +90,20 @@ class Split:
         host = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor)}
         ids = host["input_ids"]
         real = host["attention_mask"].bool() if "attention_mask" in host else torch.ones_like(ids, dtype=torch.bool)
-        masks = self._masks(cone, host, call or self.facts.layer.new_call())
+        masks, silent = self._masks(cone, host, call or self.facts.layer.new_call())
         starts = real.int().argmax(1)
         parts = self._parts(cone, host, masks, real, starts) if self._simple(host, real) else None
         if parts is None:
             rows = [b"".join(name.encode() + _of_row(host[name], real, i) for name in fed) for i in range(len(real))]
-            return Rows(fed, rows, Layout.whole(real), masks, starts.tolist(), real.sum(1).tolist(), divided=False)
+            layout, lengths = Layout.whole(real), real.sum(1).tolist()
+            return Rows(fed, rows, layout, masks, silent, starts.tolist(), lengths, divided=False)
         prefixes, lengths = parts
         first, last = starts.tolist(), lengths.tolist()
         rows = [content_of_ids(row[start : start + n]) for row, start, n in zip(ids, first, last, strict=True)]
-        return Rows(fed, rows, Layout.behind(prefixes.tolist(), last, first), masks, first, last, divided=True)
+        return Rows(fed, rows, Layout.behind(prefixes.tolist(), last, first), masks, silent, first, last, divided=True)
 
-    def _masks(self, cone: Cone, host: Mapping[str, Tensor], call: Call) -> Masks:
-        """Return what each rule in the stack selects of a batch."""
+    def _masks(self, cone: Cone, host: Mapping[str, Tensor], call: Call) -> tuple[Masks, frozenset[Positions]]:
+        """Return what each rule in the stack selects of a batch, and the rules that select nothing of any."""
         facts = self.facts
         rules = list(dict.fromkeys(planned.node.positions for planned in cone.nodes))
         targets = {name: host[name] for name in facts.targets & host.keys()}
@@ -110,7 +111,7 @@ class Split:
         rows, columns = host["input_ids"].shape
         frame = frame_of(facts.layer.kind, facts.info, call, host, (rows, columns), rules)
         tokens = frame.tokens(torch.empty(rows, columns, 0))
-        return {rule: rule.mask(tokens) for rule in rules}
+        return {rule: rule.mask(tokens) for rule in rules}, frozenset(r for r in rules if r.nothing_in(tokens))
 
     def _simple(self, host: Mapping[str, Tensor], real: Bool[Tensor, "rows columns"]) -> bool:
         """Return whether each row is one run of tokens, whose positions count from its first, and no more is fed."""
@@ -142,8 +143,9 @@ class Split:
         needed = torch.stack(looked_at).any(0)
         first = torch.where(needed.any(1), needed.int().argmax(1), real.shape[1])
         seen = torch.stack([needed, *(masks[p.node.positions] for p in cone.constant)]).any(0) & real
-        slots = [p.node.positions.bound or 0 for p in cone.inside if not p.edits]
-        room = max((n + 1 for n in slots if n > 1), default=1)  # else slots would be columns, see `Positions.pick`
+        slots = [p.node.positions.bound for p in cone.inside if not p.edits]
+        # else slots would be columns, see `Positions.pick`, or the one column of a rule without a bound a slot
+        room = max((2 if n is None else n + 1 for n in slots if n != 1), default=1)
         last = (seen * torch.arange(1, real.shape[1] + 1)).amax(1) - starts
         lengths = last.clamp(min=room).minimum(real.sum(1))
         prefixes = (first - starts).minimum(lengths - room).clamp(min=0)

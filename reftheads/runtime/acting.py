@@ -36,7 +36,7 @@ def derive(modules: Iterable[NodeModule]) -> dict[NodeModule, Params | None]:
             continue
         stored = module.stored()
         first = next(iter(stored.values()), None)
-        if hasattr(first, "ds_id"):
+        if hasattr(first, "ds_id") or (first is not None and first.is_meta):
             out[module] = None
             continue
         out[module] = stored
@@ -168,15 +168,15 @@ def read(
     for key, (valid_rows, p) in owned.items():
         seen = torch.where(valid_rows[..., None], value, torch.zeros_like(value))
         run.readings[key] = Reading(module.intervention, seen, valid_rows, columns, length, single, p)
-        if single and run.generation is not None:
-            sources = run.generation.sources
+        if single and run.continues is not None:
+            sources = run.continues.sources
             sources[key] = Source(seen, valid_rows).since(sources.get(key))
 
 
 def _source(run: Run, node: Acting) -> Source:
     key = (node.key[0], str(node.planned.node.source))
-    if run.generation is not None and key in run.generation.sources:
-        return run.generation.sources[key]
+    if run.continues is not None and key in run.continues.sources:
+        return run.continues.sources[key]
     if key not in run.readings:
         raise ValueError(
             f"node {node.key[1]!r} reads {key[1]!r}, which has not run in this pass: its tokens lie before this "

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from reftheads.runtime.scope import Call, call_of
+
+
+def keep_calls(layer: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Let blocks that are set to be recomputed see the call of their first pass then."""
+    for block in blocks:
+        checkpoint: Any = getattr(block, "_gradient_checkpointing_func", None)
+        if block.gradient_checkpointing and checkpoint is not None and not isinstance(checkpoint, KeepCall):
+            block._gradient_checkpointing_func = KeepCall(layer, checkpoint)  # type: ignore[assignment]
+
+
+def keep_no_calls(blocks: Iterable[nn.Module]) -> None:
+    """Give blocks their own checkpoint functions back."""
+    for block in blocks:
+        function = getattr(block, "_gradient_checkpointing_func", None)
+        if isinstance(function, KeepCall):
+            block._gradient_checkpointing_func = function.checkpoint  # type: ignore[assignment]
 
 
 class KeepCall:

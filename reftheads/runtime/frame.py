@@ -59,25 +59,33 @@ def frame_of(
         rules: of the nodes that act.
 
     Raises:
-        ValueError: a rule about prompts and nothing that says where they end, while a language model is trained;
-            rows that hold several sequences; a mask that does not show which columns are tokens.
+        ValueError: a rule about prompts and nothing that says where they end, or labels from a row's first token on,
+            while a language model is trained; rows that hold several sequences; a mask that does not show which
+            columns are tokens.
     """
     cache = inputs.get("past_key_values")
     past = cache.get_seq_length() if cache is not None else 0
     past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on in place
     mask, ids = _mask_and_ids(kind, stack, call, inputs, shape, past)
-    flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    if call.generation is not None and stack.causal and shape is not None:
-        return Frame(past, *call.generation.masks(shape[0]), ids)
+    flat = mask if _is_flat(mask) else None
     relative = next((rule for rule in rules if rule.needs_prompt), None)
+    if call.continues is not None and stack.causal and shape is not None:
+        if call.continues.prompt is None:
+            _refuse_unclear(rules)
+        return Frame(past, *call.continues.masks(shape[0]), ids)
     if relative is not None and _packed(inputs):
         raise ValueError(f"positions {str(relative)!r} need one row a sequence, and these rows are packed: unpack them")
-    prompt = _prompt_mask(kind, stack, call, shape, past)
+    prompt = _given_mask(kind, stack, call)
+    by_labels = prompt is None
+    if by_labels:
+        prompt = _before_labels(kind, stack, call, shape, past)
     if mask is not None and flat is None and relative is not None and (prompt is None or call.prompt_mask is None):
         raise ValueError(
             f"positions {str(relative)!r} count real tokens, which a mask of this form does not show: pass a "
             "2-D attention_mask, or prompt_mask"
         )
+    if by_labels and prompt is not None and call.training:
+        _check_prompts(prompt, flat, rules)
     if prompt is None and shape is not None and relative is not None:
         # a head's target shows that rows are whole inputs to be judged, not prompts with answers
         if call.training and stack.causal and kind.generative and not call.targets:
@@ -101,25 +109,48 @@ def _mask_and_ids(
     A model for images and text embeds its tokens itself, and makes masks of a form of its own.
     """
     mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
-    if shape is None or not kind.feeds_input(stack):
+    if shape is None or call.inputs is None or not kind.feeds_input(stack):
         return mask, ids
-    if ids is None and call.input_ids is not None and tuple(call.input_ids.shape) == shape:
-        ids = call.input_ids
-    shown = call.attention_mask
-    if isinstance(shown, Tensor) and shown.ndim == 2 and not (isinstance(mask, Tensor) and mask.ndim == 2):
-        columns = shape[1] + past if isinstance(past, int) else None
-        mask = shown if columns is None or tuple(shown.shape) == (shape[0], columns) else mask
+    tokens, shown = call.inputs.get("input_ids"), call.inputs.get("attention_mask")
+    if ids is None and tokens is not None and tuple(tokens.shape) == shape:
+        ids = tokens
+    if shown is None and mask is not None and not _is_flat(mask):
+        return None, ids
+    if isinstance(shown, Tensor) and shown.ndim == 2 and not _is_flat(mask):
+        columns = shape[1] + past if isinstance(past, int) else shown.shape[1]
+        return (shown if tuple(shown.shape) == (shape[0], columns) else mask), ids
     return mask, ids
 
 
-def _prompt_mask(
+def _is_flat(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 2
+
+
+def _refuse_unclear(rules: Sequence[Positions]) -> None:
+    """Raise `ValueError` for a rule that means other tokens where a pass begins a prompt of its own."""
+    rule = next((rule for rule in rules if rule.needs_prompt or rule.rule is not None), None)
+    if rule is not None:
+        raise ValueError(
+            f"positions {str(rule)!r} depend on where the prompt ends, and this call within generate could go on with "
+            "its prompt or begin one of its own: call the PeftModel, for which it is a prompt of its own, or pass "
+            "prompt_mask"
+        )
+
+
+def _given_mask(kind: BaseKind, stack: StackInfo, call: Call) -> Bool[Tensor, "rows columns"] | None:
+    """Return the prompt mask that a stack was given, if it is fed what the mask is about."""
+    if not kind.feeds_input(stack):
+        return None
+    mask = call.prompt_mask
+    if mask is None and call.continues is not None and not stack.causal:
+        mask = call.continues.encoder_prompt
+    return mask
+
+
+def _before_labels(
     kind: BaseKind, stack: StackInfo, call: Call, shape: tuple[int, int] | None, past: int | Tensor
 ) -> Bool[Tensor, "rows columns"] | None:
-    if kind.feeds_input(stack):
-        recorded = call.generation is not None and not stack.causal
-        mask = call.generation.encoder_prompt if recorded and call.generation is not None else call.prompt_mask
-        if mask is not None:
-            return mask
+    """Return the columns before the first label of each row; `None` where labels say nothing of a prompt."""
     labels = call.labels
     if not stack.causal or not kind.generative or labels is None or shape is None or labels.shape != shape:
         return None
@@ -128,6 +159,29 @@ def _prompt_mask(
     before = answered.cumsum(1) - answered if kind.seq2seq else answered.cumsum(1)
     cached = before.new_zeros((shape[0], int(past)))  # labels cover this chunk; what lies before is prompt
     return torch.cat([cached, before], dim=1) == 0
+
+
+def _check_prompts(prompt: Bool[Tensor, "rows columns"], mask: Tensor | None, rules: Sequence[Positions]) -> None:
+    """Raise `ValueError` for a row whose labels begin at its first token, where a rule would select nothing.
+
+    In training, since nothing would be learnt; evaluation may judge rows without a prompt, and does not wait for a
+    device to look at them. A compiled call does not look at values either.
+    """
+    rule = next((rule for rule in rules if rule.needs_prompt and str(rule) != "generated"), None)
+    if rule is None or torch.compiler.is_compiling():
+        return
+    real = torch.ones_like(prompt) if mask is None else mask.to(prompt.device).bool()
+    width = min(prompt.shape[1], real.shape[1])
+    without = real.any(1) & ~(prompt[:, :width] & real[:, :width]).any(1)
+    if not bool(without.any()):
+        return
+    raise ValueError(
+        f"positions {str(rule)!r} depend on where the prompt ends, and the labels of row {int(without.int().argmax())} "
+        f"begin at its first token, as those of {int(without.sum())} of {len(without)} rows do: no token would be "
+        "selected there. Pass labels with -100 on the prompt, as encode_pairs and encode_chat make them (in TRL: "
+        "columns prompt and completion, or messages with assistant_only_loss=True); or prompt_mask; or use "
+        "positions='all'"
+    )
 
 
 def _packed(inputs: Mapping[str, Any]) -> bool:

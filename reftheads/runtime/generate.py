@@ -6,6 +6,7 @@ the finished sequences once more.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from copy import copy
 from functools import partial
@@ -17,13 +18,14 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import ModelOutput
 
 from reftheads.architectures.structure import arguments
-from reftheads.graph.intervention import Head
 from reftheads.runtime.hooks import Around, ending
 from reftheads.runtime.interventions import Interventions
+from reftheads.runtime.lineage import PREPARED, Generation
 from reftheads.runtime.output import extend, replaced
-from reftheads.runtime.passes import HookKey, by_name
+from reftheads.runtime.passes import HookKey, Prompt, by_name
 from reftheads.runtime.plan import PlannedNode
 from reftheads.runtime.roster import nodes_of
+from reftheads.runtime.scope import generation_around, scope_of
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int, Shaped
@@ -36,6 +38,10 @@ def record_prompts(base: nn.Module, layer: Interventions) -> None:
     """Let `base.generate` record its prompts, whoever calls it: PEFT's wrappers, a pipeline, a trainer."""
     if hasattr(type(base), "generate"):
         layer.holds[None].append(Around(base, "generate", partial(_around_generate, base, layer)))
+        layer.holds[None].append(Around(base, "prepare_inputs_for_generation", partial(_around_prepare, layer)))
+    if hasattr(type(base), "init_continuous_batching"):
+        layer.holds[None].append(Around(base, "init_continuous_batching", partial(_around_batching, layer)))
+        layer.holds[None].append(Around(base, "generate_batch", _around_batch))
 
 
 def _around_generate(
@@ -45,47 +51,111 @@ def _around_generate(
         return _generate(base, layer, generate, args, kwargs)
 
 
+def _around_prepare(layer: Interventions, prepare: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Mark the inputs that `generate` prepares for its next pass: others are made within it by the same model."""
+    inputs = prepare(*args, **kwargs)
+    generation = scope_of(layer).generation
+    text = args[0] if args else kwargs.get("input_ids")
+    if generation is None or not isinstance(text, Tensor):
+        return inputs
+    if layer.kind.seq2seq and not generation.begun:  # which may have put a token before the decoder's input
+        given = kwargs.get("decoder_attention_mask")
+        real = torch.ones_like(text[:1], dtype=torch.bool) if given is None else given.bool()
+        assisted = generation.assists
+        generation.main.begin(real, real if assisted is None else assisted.prompt_in(text, real, goes_on=True))
+    generation.note(text)
+    return {**inputs, PREPARED: True}
+
+
+def _around_batching(layer: Interventions, begin: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Refuse what continuous batching cannot do: it packs prompts into one row, and runs in a thread of its own."""
+    call = layer.new_call()
+    if (call.disabled, call.adapters) != (layer.disable_adapters, tuple(layer.active_adapters)) or call.adapter_names:
+        raise ValueError(
+            "continuous batching runs in a thread of its own, where disable_adapter() and adapter_names of this one do "
+            "not hold: switch adapters by set_adapter, or use generate"
+        )
+    stacks = {stack.path for plan in layer.plans.values() for stack in plan.stacks}
+    acting = [] if call.disabled else [p.node for path in stacks for _, p, _ in nodes_of(layer, path, call)]
+    node = next((node for node in acting if node.positions.needs_prompt or node.positions.rule is not None), None)
+    if node is not None:
+        raise ValueError(
+            f"continuous batching packs prompts and tokens of several sequences into one row, in which positions "
+            f"{str(node.positions)!r} of node {node.name!r} have no meaning: use generate, or positions 'all'"
+        )
+    return begin(*args, **kwargs)
+
+
+def _around_batch(generate_batch: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    unknown = sorted({"adapter_names", "prompt_mask", "return_heads"} & kwargs.keys())
+    if unknown:
+        raise ValueError(f"generate_batch knows no {unknown[0]}: use generate")
+    return generate_batch(*args, **kwargs)
+
+
 def _generate(
     base: Any, layer: Interventions, generate: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
 ) -> Any:
-    prompt_mask = kwargs.pop("prompt_mask", None)
-    readers: list[PlannedNode] = []
-    if kwargs.pop("return_heads", False):
-        readers = _readers(base, layer, kwargs)
-        config = kwargs.get("generation_config")
-        if config is None:
-            kwargs["return_dict_in_generate"] = True
-        else:  # beside one, transformers wants no other options
-            kwargs["generation_config"] = copy(config)
-            kwargs["generation_config"].return_dict_in_generate = True
-    if base.config.is_encoder_decoder:
-        start = kwargs.get("decoder_input_ids")
-        real = torch.ones((1, 1) if start is None else tuple(start.shape), dtype=torch.bool, device=base.device)
-        with layer.generating(real, real, encoder_prompt=None if prompt_mask is None else prompt_mask.bool()):
-            return generate(*args, **kwargs)
-    candidates = (args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    first = args[0] if args else None
+    kwargs = _by_name(generate, args) | kwargs
+    prompt_mask, return_heads = kwargs.pop("prompt_mask", None), kwargs.pop("return_heads", False)
+    if kwargs.get("cache_implementation") == "paged" and (prompt_mask is not None or return_heads):
+        raise ValueError(
+            'cache_implementation="paged" packs rows, and knows no prompt_mask and return_heads: leave it out'
+        )
+    readers = _readers(base, layer, kwargs) if return_heads else []
+    if readers:
+        _ask_for_a_dictionary(kwargs)
+    candidates = (first, kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     inputs = next((given for given in candidates if given is not None), None)
+    assisted = generation_around() if option(base, kwargs, "is_assistant") else None
+    if layer.kind.seq2seq:
+        start = torch.ones((1, 1), dtype=torch.bool, device=base.device)
+        main = Prompt(start, start, None if prompt_mask is None else prompt_mask.bool())
+        with layer.holding(Generation(main, encoder_ids=inputs, assists=assisted)):
+            return generate(**kwargs)
+    real, prompt = _columns(base, inputs, prompt_mask, kwargs)
+    ids = inputs if inputs is not None and inputs.shape == real.shape else None
+    if readers and inputs is not None and ids is None:
+        raise ValueError(
+            f"return_heads=True reads whole sequences, and generate was given the tokens of {inputs.shape[1]} of "
+            f"{real.shape[1]} columns: give all of them, beside past_key_values too"
+        )
+    around = assisted or scope_of(layer).generation
+    told: Tensor | None = prompt
+    if prompt_mask is None and around is not None and ids is not None:  # it may go on with the text of that one
+        if assisted is None:
+            told = around.prompt_of({"input_ids": ids, "attention_mask": real}).prompt
+        else:
+            told = around.prompt_in(ids, real, goes_on=True)
+    with layer.holding(Generation(Prompt(real, told), ids)):
+        out = generate(**kwargs)
+    return _with_readings(base, layer, readers, out, (real, prompt), kwargs) if readers else out
+
+
+def _by_name(generate: Callable[..., Any], args: tuple) -> dict[str, Any]:
+    """Return the arguments that were given by position."""
+    return dict(zip(inspect.signature(generate).parameters, args, strict=False))
+
+
+def _columns(
+    base: Any, inputs: Tensor | None, prompt_mask: Tensor | None, kwargs: dict[str, Any]
+) -> tuple[Bool[Tensor, "rows columns"], Bool[Tensor, "rows columns"]]:
+    """Return which columns of the input are tokens, and which of them the prompt."""
     if inputs is None:  # generation starts from one token that begins a text
         real = torch.ones((1, 1), dtype=torch.bool, device=base.device)
     else:
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = real_tokens(base, inputs, kwargs)
         real = kwargs["attention_mask"].bool()
-    if prompt_mask is not None and prompt_mask.shape != real.shape:
+    if prompt_mask is None:
+        return real, real
+    if prompt_mask.shape != real.shape:
         raise ValueError(
             f"prompt_mask has shape {tuple(prompt_mask.shape)}, but the input {tuple(real.shape)} (rows, columns): "
             "give one entry a column"
         )
-    prompt = real if prompt_mask is None else real & prompt_mask.bool()
-    with layer.generating(real, prompt):
-        out = generate(*args, **kwargs)
-    if not readers:
-        return out
-    times = len(out.sequences) // len(real)  # beams and return sequences repeat each row
-    real, prompt = (mask.repeat_interleave(times, 0) for mask in (real, prompt))
-    ended = _ended(base, kwargs, out.sequences[:, real.shape[1] :])
-    seen = _read(base, layer, readers, out.sequences, torch.cat([real, ~ended], 1), prompt)
-    return replaced(out, **{name: seen.get(name) for name in ("predictions", "collected", "selected")})
+    return real, real & prompt_mask.bool()
 
 
 def real_tokens(
@@ -111,7 +181,7 @@ def _readers(base: Any, layer: Interventions, kwargs: dict[str, Any]) -> list[Pl
     """Return the nodes that read finished sequences.
 
     Raises:
-        ValueError: no head acts, a model with an encoder, or an input of more than tokens.
+        ValueError: no node reads, a model with an encoder, or an input of more than tokens.
     """
     stacks = {stack.path for plan in layer.plans.values() for stack in plan.stacks if stack.causal}
     if base.config.is_encoder_decoder or len(stacks) != 1:
@@ -123,10 +193,10 @@ def _readers(base: Any, layer: Interventions, kwargs: dict[str, Any]) -> list[Pl
     [path] = stacks
     acting = () if call.disabled else nodes_of(layer, path, call)
     readers = [planned for _, planned, _ in acting if not planned.edits]
-    if not any(isinstance(planned.node.intervention, Head) for planned in readers):
+    if not readers:
         raise ValueError(
-            "return_heads=True, but no head acts: add a node such as rh.Node(rh.LinearHead(1), layer=-1) to the graph, "
-            "or switch its adapter on"
+            "return_heads=True, but no node that reads acts: add one such as rh.Node(rh.LinearHead(1), layer=-1) or "
+            "rh.Node(rh.Collect(), layer=-1) to the graph, or switch its adapter on"
         )
     beside = kwargs.keys() & set(arguments(base)) - _TOKENS
     given = sorted(name for name in beside if kwargs[name] is not None)
@@ -136,6 +206,35 @@ def _readers(base: Any, layer: Interventions, kwargs: dict[str, Any]) -> list[Pl
             "that out, or call the model on what was generated"
         )
     return readers
+
+
+def _ask_for_a_dictionary(kwargs: dict[str, Any]) -> None:
+    config = kwargs.get("generation_config")
+    if config is None:
+        kwargs["return_dict_in_generate"] = True
+    else:  # beside one, transformers wants no other options
+        kwargs["generation_config"] = copy(config)
+        kwargs["generation_config"].return_dict_in_generate = True
+
+
+def _with_readings(
+    base: Any,
+    layer: Interventions,
+    readers: list[PlannedNode],
+    out: Any,
+    masks: tuple[Bool[Tensor, "rows columns"], Bool[Tensor, "rows columns"]],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Return the output of `generate` with what nodes read of its sequences.
+
+    Args:
+        masks: of the input, which columns are tokens, and which the prompt.
+    """
+    times = len(out.sequences) // len(masks[0])  # beams and return sequences repeat each row
+    real, prompt = (mask.repeat_interleave(times, 0) for mask in masks)
+    ended = _ended(base, kwargs, out.sequences[:, real.shape[1] :])
+    seen = _read(base, layer, readers, out.sequences, torch.cat([real, ~ended], 1), prompt)
+    return replaced(out, **{name: seen.get(name) for name in ("predictions", "collected", "selected")})
 
 
 def _ended(base: Any, kwargs: dict[str, Any], new: Int[Tensor, "rows new"]) -> Bool[Tensor, "rows new"]:

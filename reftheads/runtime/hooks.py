@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from reftheads.graph.site import Side
+from reftheads.runtime.output import with_hidden
 
 Touch = Callable[[Tensor, Tensor], Tensor | None]
 """What a hook calls: `touch(h, x)` with the tensor at the address and the tensor that entered the module
@@ -23,7 +24,7 @@ def attach(module: nn.Module, side: Side, touch: Touch) -> RemovableHandle:
     """Calls `touch` with the hidden states that enter or leave `module` at every forward pass.
 
     The hidden states are the module's first argument (by position or by name), or its output, or the
-    first element of its output tuple. On the output side `touch` comes before the hooks that are there
+    first element of what it gives, whose type stays. On the output side `touch` comes before the hooks that are there
     already, so that hidden states recorded by transformers are those that go on. The hook stays until
     its handle is removed, and follows a deep copy of the model if `touch` does (a bound method does, a
     closure does not).
@@ -155,7 +156,4 @@ class _Tap:
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output):
         x = args[0] if args else kwargs[self.first_argument]
-        if isinstance(output, Tensor):
-            return self.touch(output, x)
-        new = self.touch(output[0], x)
-        return None if new is None else (new, *output[1:])
+        return with_hidden(output, self.touch, x)

@@ -25,14 +25,16 @@ from torch.utils.hooks import RemovableHandle
 
 from reftheads.architectures.structure import StackInfo, arguments
 from reftheads.runtime.acting import touch
-from reftheads.runtime.checkpointing import KeepCall
+from reftheads.runtime.checkpointing import keep_calls, keep_no_calls
 from reftheads.runtime.frame import BaseKind, frame_of
 from reftheads.runtime.hooks import Around, attach, refuse_lost, take_places_again
-from reftheads.runtime.output import extend
-from reftheads.runtime.passes import Acting, Generation, HookKey, NodeKey, Run, by_name
+from reftheads.runtime.lineage import PREPARED, Generation
+from reftheads.runtime.output import extend, or_zero_without_labels
+from reftheads.runtime.passes import HookKey, NodeKey, Prompt, Run, by_name, by_place
 from reftheads.runtime.plan import Plan
 from reftheads.runtime.roster import acting_on, nodes_of
 from reftheads.runtime.scope import Call, call_of, change_from_here, entering, scope_of
+from reftheads.runtime.traces import leave_trace, refuse_other_edits, trace_of
 
 RUN = "interventions_run"  # the argument by which a base model, or a stack, is handed the run of a pass
 
@@ -75,6 +77,7 @@ class Interventions(nn.Module, BaseTunerLayer):
 
     # --- adapters ---------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # what is made within it could never be trained
     def add(self, adapter: str, plan: Plan, base: nn.Module) -> None:
         """Make the parameters of `plan` under the name `adapter`, and take hold of the base model where it acts."""
         nodes = nn.ModuleDict()
@@ -102,10 +105,7 @@ class Interventions(nn.Module, BaseTunerLayer):
             hold.remove()
         self.holds.clear()
         self.plans.clear()
-        for module in (m for modules in self._checkpointing.values() for m in modules):
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if isinstance(function, KeepCall):
-                module._gradient_checkpointing_func = function.checkpoint  # type: ignore[assignment]
+        keep_no_calls(module for modules in self._checkpointing.values() for module in modules)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         for key, node in self.rh_nodes[adapter_name].items():  # type: ignore[operator]
@@ -149,7 +149,7 @@ class Interventions(nn.Module, BaseTunerLayer):
         """Return a call that begins here and now.
 
         Args:
-            what: labels, prompt_mask and targets, as in `Call`.
+            what: continues, labels, prompt_mask and targets, as in `Call`.
         """
         refuse_lost(self.holds.values())
         scope = scope_of(self)
@@ -168,14 +168,20 @@ class Interventions(nn.Module, BaseTunerLayer):
         ours = {"prompt_mask", *(name for plan in self.plans.values() for name in plan.targets)} & kwargs.keys()
         targets = {name: kwargs[name] for name in ours if kwargs[name] is not None}
         kwargs = {name: value for name, value in kwargs.items() if name not in ours} if ours else kwargs
+        run, prepared = kwargs.pop(RUN, None), kwargs.pop(PREPARED, False)
         inputs = _named(self._argument_names[None], args) | kwargs
-        what = {name: inputs.get(name) for name in ("labels", "input_ids", "attention_mask")}
-        run = kwargs.pop(RUN, None)
-        call = self.new_call(prompt_mask=targets.pop("prompt_mask", None), targets=targets, **what)
+        prompt_mask = targets.pop("prompt_mask", None)
+        call = self.new_call(labels=inputs.get("labels"), prompt_mask=prompt_mask, targets=targets, inputs=inputs)
+        if call.generation is not None:
+            going_on = call.generation.main if prepared else None
+            call.continues = going_on or call.generation.continued_by(self.kind.seq2seq, inputs, prompt_mask)
         with call:
             call.handed |= {} if run is None else {run.stack: run}
             output = forward(*args, **kwargs)
-        return extend(output, by_name(call.readings), call.targets, call.labels) if call.readings else output
+        if call.readings:
+            return extend(output, by_name(call.readings), call.targets, call.labels)
+        judged = isinstance(call.labels, Tensor) and not call.disabled
+        return or_zero_without_labels(output, call.labels) if judged else output  # type: ignore[arg-type]
 
     # --- a call of a stack --------------------------------------------------------------------------------
 
@@ -185,6 +191,9 @@ class Interventions(nn.Module, BaseTunerLayer):
         if call is not None and stack.path not in call.runs:
             return self._run(stack, call, forward, args, kwargs)
         with self.new_call(prompt_mask=kwargs.pop("prompt_mask", None)) as alone:
+            if alone.generation is not None:
+                inputs = _named(self._argument_names[stack.path], args) | kwargs
+                alone.continues = alone.generation.of_stack(stack.causal, inputs, alone.prompt_mask)
             return self._run(stack, alone, forward, args, kwargs)
 
     def _run(
@@ -197,38 +206,37 @@ class Interventions(nn.Module, BaseTunerLayer):
         run.readings.update(call.readings)
         call.runs[stack.path] = run
         try:
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
         finally:
             del call.runs[stack.path]
             call.readings.update(run.readings)
+        if stack.causal and not torch.compiler.is_compiling():
+            leave_trace(run, getattr(output, "past_key_values", None))
+        return output
 
     def _new_run(self, stack: StackInfo, call: Call, args: tuple, kwargs: dict[str, Any]) -> Run | None:
-        if call.disabled or self._behind_prompts(stack, call, kwargs.get("past_key_values")):
+        cache = kwargs.get("past_key_values")
+        if (
+            stack.causal
+            and _behind_prompts(call, cache)
+            and all(plan.only_prompts(stack.path) for plan in self.plans.values())
+        ):
             return None
-        nodes = list(nodes_of(self, stack.path, call))
-        if not nodes:
+        nodes = [] if call.disabled else list(nodes_of(self, stack.path, call))
+        known = call.generation is not None and stack.causal and not torch.compiler.is_compiling()
+        if not nodes and not (known and trace_of(cache) is not None):
             return None
         inputs = _named(self._argument_names[stack.path], args) | kwargs
         ids = inputs.get("input_ids")
         tokens = ids if ids is not None else inputs.get("inputs_embeds")
         shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
         frame = frame_of(self.kind, stack, call, inputs, shape, [p.node.positions for _, p, _ in nodes])
-        acting: dict[HookKey, list[Acting]] = {}
-        for act in acting_on(self, nodes, call, tokens):
-            acting.setdefault((act.planned.address.module, act.planned.address.side), []).append(act)
-        for block in self._checkpointing[stack.path]:
-            checkpoint = getattr(block, "_gradient_checkpointing_func", None)
-            if block.gradient_checkpointing and checkpoint is not None and not isinstance(checkpoint, KeepCall):
-                block._gradient_checkpointing_func = KeepCall(self, checkpoint)  # type: ignore[assignment]
-        return Run(stack.path, frame, acting, shape, call.generation)
-
-    def _behind_prompts(self, stack: StackInfo, call: Call, cache: Any) -> bool:
-        """Return whether this is a step of `generate` that no node can act in, as most steps of most graphs are."""
-        if call.generation is None or cache is None or not stack.causal:
-            return False
-        past = cache.get_seq_length()
-        behind = isinstance(past, int) and past >= call.generation.prompt.shape[1]
-        return behind and all(plan.only_prompts(stack.path) for plan in self.plans.values())
+        acting = by_place(acting_on(self, nodes, call, tokens))
+        keep_calls(self, self._checkpointing[stack.path])
+        run = Run(stack.path, frame, acting, shape, call.continues)
+        if known and call.generation is not None:
+            refuse_other_edits(run, cache, call.generation.ids if call.continues is call.generation.main else None)
+        return run if nodes else None
 
     # --- a call of a module -------------------------------------------------------------------------------
 
@@ -266,9 +274,7 @@ class Interventions(nn.Module, BaseTunerLayer):
             raise ValueError(f"unknown adapter {unknown[0]!r} in adapter_names: there are {', '.join(self.plans)}")
         take_places_again(self.holds.values())
         names = tuple(adapter_names) if adapter_names else None
-        if (
-            scope_of(self).adapters is not None
-        ):  # a call of its own, made while generate runs: by a logits processor, say
+        if scope_of(self).adapters is not None:  # a call of its own, while generate runs: by a logits processor, say
             return entering(self, adapters=None, generation=None, adapter_names=names)
         return entering(self, adapter_names=names) if names else nullcontext()
 
@@ -280,14 +286,23 @@ class Interventions(nn.Module, BaseTunerLayer):
         """Within, calls go on with the adapters that act now, whatever is switched elsewhere.
 
         Args:
-            generation: what they all continue.
+            generation: within which they are made.
         """
         call = self.new_call()
-        return entering(self, adapters=call.adapters, disabled=call.disabled, generation=generation or call.generation)
+        within = {} if generation is None else {"generation": generation}
+        return entering(self, adapters=call.adapters, disabled=call.disabled, **within)
 
-    def generating(self, real: Tensor, prompt: Tensor, encoder_prompt: Tensor | None = None) -> AbstractContextManager:
-        """Within, every pass continues this input: Bool[rows columns] each, real tokens and those of the prompt."""
-        return self.holding(Generation(real, prompt, encoder_prompt))
+    def generating(self, real: Tensor, prompt: Tensor) -> AbstractContextManager:
+        """Within, passes marked as `PREPARED` continue this input: Bool[rows columns] each, tokens and the prompt's."""
+        return self.holding(Generation(Prompt(real, prompt)))
+
+
+def _behind_prompts(call: Call, cache: Any) -> bool:
+    """Return whether a pass of `generate` lies behind all prompts, as most steps do."""
+    if call.continues is None or call.continues.prompt is None or cache is None:
+        return False
+    past = cache.get_seq_length()
+    return isinstance(past, int) and past >= call.continues.prompt.shape[1]
 
 
 def _named(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:

@@ -88,13 +88,19 @@ class NodeModule(nn.Module):
         with torch.no_grad():
             for letter, value in values.items():
                 stored[names[letter]].copy_(value)
-            derived = {letter: value for letter, value in values.items() if names[letter] != letter}
-            for letter, value in derived.items():
-                if torch.allclose(getattr(self, letter).float(), value.float(), atol=1e-4):
-                    continue
+            try:
+                self._check({letter: value for letter, value in values.items() if names[letter] != letter})
+            except ValueError:
                 for name, tensor in before.items():
                     stored[name].copy_(tensor)
+                raise
+
+    def _check(self, derived: dict[str, Tensor]) -> None:
+        """Raise `ValueError` for stored parameters that cannot be computed with, or do not give what is derived."""
+        for letter, value in derived.items():
+            if not torch.allclose(getattr(self, letter).float(), value.float(), atol=1e-4):
                 raise ValueError(f"{letter} of a {type(self.intervention).__name__} needs orthonormal rows")
+        self.intervention.check_parameters(self.stored())
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, make_dataclass
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.utils.generic import ModelOutput
 
 from reftheads.graph.intervention import Head, Params, Reader
 from reftheads.interventions.losses import or_zero
@@ -39,10 +40,8 @@ class Reading:
         return value[:, 0] if self.single and value.shape[1] == 1 else value
 
 
-def extend(
-    output: Any, readings: dict[str, Reading], targets: dict[str, Tensor], labels: Tensor | None = None
-) -> ModelOutput:
-    """Adds to a model's output, as further fields of the same class of output:
+def extend(output: Any, readings: dict[str, Reading], targets: dict[str, Tensor], labels: Tensor | None = None) -> Any:
+    """Return a model's output with what was read in it, as further fields or keys of the same type:
 
     * `predictions[name]`: what a head predicts, [batch outputs] for one token a row, else
       [batch slots outputs];
@@ -52,12 +51,100 @@ def extend(
     * `collected[name]`: activations read by `Collect`;
     * `selected[name]`: Bool[batch slots], which slots hold a token; the others are zero.
 
+    A tuple, as by `return_dict=False`, or a list has these at its end, in this order and without what is missing; its
+    loss comes first.
+
     Raises:
-        ValueError: a model that was asked to return a tuple, a target that is not a tensor of
-            matching shape, or, on the CPU, holds what the head's loss has no meaning for.
+        ValueError: an output without names or items, or with a field of one of these names; a target that is not a
+            tensor of matching shape, or, on the CPU, holds what the head's loss has no meaning for.
     """
-    if not isinstance(output, ModelOutput):
-        raise ValueError("a graph that reads needs a named output: leave return_dict=False out")
+    _check(output)
+    named = not isinstance(output, tuple | list)
+    if named:
+        loss = _values(output).get("loss")
+    else:
+        loss = output[0] if len(output) and isinstance(output[0], Tensor) and output[0].ndim == 0 else None
+        output = output if loss is None else output[1:]
+    fields_read = _fields(readings, targets)
+    if loss is not None and isinstance(labels, Tensor):
+        loss = or_zero(loss, labels)
+    head_loss = fields_read["head_loss"]
+    if head_loss is not None:
+        loss = head_loss if loss is None else loss + head_loss
+    if named:
+        return replaced(output, loss=loss, **fields_read)
+    elements = [loss, *output, *fields_read.values()]
+    own = range(1, 1 + len(output))
+    return type(output)([value for i, value in enumerate(elements) if value is not None or i in own])
+
+
+def replaced(output: Any, **values: Any) -> Any:
+    """Return the same output, a dataclass or a mapping, with other values, also of fields that it does not have."""
+    if not is_dataclass(output):
+        copied: Any = copy(output)
+        for name, value in values.items():
+            if value is not None or name in copied:
+                copied[name] = value
+        return copied
+    names = {f.name for f in fields(output)}
+    cls = type(output) if values.keys() <= names else _extended(type(output))
+    made: Any = cls(**{f.name: getattr(output, f.name) for f in fields(output) if f.init} | values)  # type: ignore[operator]
+    for name in [f.name for f in fields(output) if not f.init and f.name not in values]:
+        object.__setattr__(made, name, getattr(output, name))
+    if isinstance(output, Mapping):  # a ModelOutput may have items that are no fields of its class
+        for name in [name for name in output if name not in names and name not in values]:
+            made[name] = output[name]
+    return made
+
+
+def with_hidden(output: Any, touch: Callable[[Tensor, Tensor], Tensor | None], x: Tensor) -> Any:
+    """Return what a module gave after `touch(h, x)` of its first element; `None` if that leaves it as it is.
+
+    Args:
+        output: a tensor, or any kind of tuple, list, dataclass or mapping, whose type is kept.
+        x: what entered the module.
+    """
+    if isinstance(output, Tensor):
+        return touch(output, x)
+    if isinstance(output, Mapping):
+        name = str(next(iter(output)))
+        new = touch(output[name], x)
+        return None if new is None else replaced(output, **{name: new})
+    new = touch(output[0], x)
+    if new is None:
+        return None
+    if hasattr(output, "_replace"):  # a named tuple
+        return output._replace(**{output._fields[0]: new})
+    return type(output)([new, *output[1:]])
+
+
+def _check(output: Any) -> None:
+    """Raise `ValueError` for an output to which nothing can be added without a loss."""
+    if isinstance(output, tuple | list):
+        if not hasattr(output, "_fields"):
+            return
+    elif isinstance(output, Mapping) or is_dataclass(output):
+        taken = [name for name in FIELDS if name in _values(output)]
+        if not taken:
+            return
+        raise ValueError(
+            f"the model's own output has {taken[0]!r}, under which a graph that reads gives what it has read: give "
+            "that field of the model another name"
+        )
+    raise ValueError(
+        f"a graph that reads adds to what the model returns, and a {type(output).__name__} has no room: return a "
+        "ModelOutput, a dict, a dataclass or a plain tuple, its loss first"
+    )
+
+
+def _values(output: Any) -> dict[str, Any]:
+    """Return what an output with names holds, by name."""
+    own = {f.name: getattr(output, f.name) for f in fields(output)} if is_dataclass(output) else {}
+    return {**output, **own} if isinstance(output, Mapping) else own
+
+
+def _fields(readings: dict[str, Reading], targets: dict[str, Tensor]) -> dict[str, Any]:
+    """Return what `extend` adds, by the names of the fields; `None` where there is nothing."""
     predictions, losses, counts, collected = {}, {}, {}, {}
     total: Tensor | None = None
     for name, reading in readings.items():
@@ -70,25 +157,17 @@ def extend(
             losses[name], counts[name] = _loss(name, head, reading, targets[head.target])
             weighted = head.weighted(losses[name], counts[name], reading.p)
             total = weighted if total is None else total + weighted
-    values = {f.name: getattr(output, f.name) for f in fields(output)}  # type: ignore[arg-type]
-    loss = values.get("loss")
-    if loss is not None and labels is not None:
-        values["loss"] = loss = or_zero(loss, labels)
-    if total is not None:
-        values["loss"] = total if loss is None else loss + total
     selected = {name: reading.valid for name, reading in readings.items()}
-    extra = {
+    by_name = {
         "predictions": predictions, "losses": losses, "counts": counts, "collected": collected, "selected": selected
     }  # fmt: skip
-    values |= {name: value or None for name, value in extra.items()}
-    return _extended(type(output))(**values, head_loss=total)
+    return {**{name: value or None for name, value in by_name.items()}, "head_loss": total}
 
 
-def replaced(output: ModelOutput, **values: Any) -> ModelOutput:
-    """Return the same output with other values in some fields, also in those that `extend` knows."""
-    known = {f.name: getattr(output, f.name) for f in fields(output)}  # type: ignore[arg-type]
-    cls = type(output) if values.keys() <= known.keys() else _extended(type(output))
-    return cls(**known | values)
+def or_zero_without_labels(output: Any, labels: Tensor) -> Any:
+    """Return a model's output, with a loss of 0 instead of NaN where no label is a target."""
+    loss = _values(output).get("loss") if is_dataclass(output) or isinstance(output, Mapping) else None
+    return replaced(output, loss=or_zero(loss, labels)) if isinstance(loss, Tensor) else output
 
 
 def _loss(
@@ -124,13 +203,14 @@ def _loss(
     return head.loss_of(reading.value, shaped, valid), counts.sum()
 
 
-_EXTENDED: dict[type[ModelOutput], type[ModelOutput]] = {}  # no lru_cache, which torch.compile looks through
+_EXTENDED: dict[type, type] = {}  # no lru_cache, which torch.compile looks through
 
 
-def _extended(cls: type[ModelOutput]) -> type[ModelOutput]:
+def _extended(cls: Any) -> type:
     """Return the class of output with our fields; the same one every time."""
     if cls not in _EXTENDED:
-        own: list[Any] = [("loss", Any, None)] if "loss" not in {f.name for f in fields(cls)} else []  # type: ignore[arg-type]
+        own: list[Any] = [("loss", Any, None)] if "loss" not in {f.name for f in fields(cls)} else []
         own += [(name, Any, None) for name in FIELDS]
-        _EXTENDED[cls] = make_dataclass(f"Intervened{cls.__name__}", own, bases=(cls,))
+        frozen = cls.__dataclass_params__.frozen
+        _EXTENDED[cls] = make_dataclass(f"Intervened{cls.__name__}", own, bases=(cls,), frozen=frozen)
     return _EXTENDED[cls]

@@ -1,12 +1,12 @@
 """One pass through one stack of blocks: which nodes act in it, and on which tokens.
 
-A `Run` is what is known of such a pass; nothing in it changes what is computed once it is made. A `Generation` holds
-for all passes of one `generate`.
+A `Run` is what is known of such a pass; nothing in it changes what is computed once it is made. A `Prompt` is what
+several passes of one `generate` continue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -101,30 +101,54 @@ class Source:
         return Source(*(t.to(h.device).repeat_interleave(times, 0) for t in (self.value, self.valid)))
 
 
-@dataclass
-class Generation:
-    """What `generate` started from; holds for all passes until it ends.
+@dataclass(eq=False)
+class Prompt:
+    """A prompt and its input, which the passes of `generate` continue.
 
     Attributes:
-        real, prompt: of the input of the stack that generates, which columns are tokens, and of the prompt.
+        real: of the input of the stack that generates, which columns are tokens.
+        prompt: which of them are the prompt; `None` where that cannot be told.
         encoder_prompt: of the input of an encoder before it.
-        sources: what nodes have read that others look at.
-        derived: parameters with what follows from them, since weights stay as they are meanwhile.
+        sources: what nodes have read in these passes that others look at.
     """
 
     real: Bool[Tensor, "rows columns"]
-    prompt: Bool[Tensor, "rows columns"]
+    prompt: Bool[Tensor, "rows columns"] | None
     encoder_prompt: Bool[Tensor, "rows columns"] | None = None
     sources: dict[NodeKey, Source] = field(default_factory=dict)
-    derived: dict[NodeModule, Params | None] = field(default_factory=dict)
-    _expanded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _expanded: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
-    def masks(self, rows: int) -> tuple[Bool[Tensor, "rows columns"], Bool[Tensor, "rows columns"]]:
-        """Return `real` and `prompt` of `rows` rows: beams and return sequences repeat each recorded row."""
+    def begin(self, real: Bool[Tensor, "rows columns"], prompt: Bool[Tensor, "rows columns"] | None) -> None:
+        """Say what the input is, which is not known of a decoder behind an encoder before it begins."""
+        self.real, self.prompt = real, prompt
+        self._expanded.clear()
+
+    def masks(self, rows: int) -> tuple[Bool[Tensor, "rows columns"], Bool[Tensor, "rows columns"] | None]:
+        """Return `real` and `prompt` of `rows` rows: beams and return sequences repeat each recorded row.
+
+        Raises:
+            ValueError: rows that are no such repetition.
+        """
         if rows not in self._expanded:
-            times = max(rows // self.prompt.shape[0], 1)
-            self._expanded[rows] = (self.real.repeat_interleave(times, 0), self.prompt.repeat_interleave(times, 0))
+            times, rest = divmod(rows, len(self.real))
+            if rest or not times:
+                raise ValueError(
+                    f"a pass of {rows} rows continues a prompt of {len(self.real)}, and which is whose cannot be told: "
+                    "pass prompt_mask"
+                )
+            repeated = (mask if mask is None else mask.repeat_interleave(times, 0) for mask in (self.real, self.prompt))
+            self._expanded[rows] = tuple(repeated)  # type: ignore[assignment]
         return self._expanded[rows]
+
+
+def by_place(nodes: Iterable[Acting]) -> dict[HookKey, list[Acting]]:
+    """Return the nodes at each place: in the order in which a block computes what their sites name, then as listed."""
+    places: dict[HookKey, list[Acting]] = {}
+    for node in nodes:
+        places.setdefault((node.planned.address.module, node.planned.address.side), []).append(node)
+    for there in places.values():
+        there.sort(key=lambda node: node.planned.address.order or (-1, -1))
+    return places
 
 
 def by_name(readings: Mapping[NodeKey, Reading]) -> dict[str, Reading]:
@@ -152,7 +176,7 @@ class Run:
         frame: where its columns lie.
         acting: the nodes at each place, in their order.
         shape: rows and columns; `None` until a module is called, for models without tokens.
-        generation: what `generate` started from, if this is a pass of it.
+        continues: the prompt that it continues, within `generate`.
         readings: what its nodes have read so far.
         masks: of every rule the columns that it selects, where the frame does not say.
         replayed: what the first blocks give instead of computing it.
@@ -162,7 +186,7 @@ class Run:
     frame: Frame
     acting: Mapping[HookKey, Sequence[Acting]]
     shape: tuple[int, int] | None
-    generation: Generation | None = None
+    continues: Prompt | None = None
     readings: dict[NodeKey, Reading] = field(default_factory=dict)
     masks: Mapping[Positions, Bool[Tensor, "batch chunk"]] | None = None
     replayed: Replayed | None = None

@@ -8,10 +8,12 @@ from reftheads._utils.lazy import cached
 from reftheads.architectures.addresses import Address, locate
 from reftheads.architectures.blocks import reads_other_stack
 from reftheads.architectures.paths import within
+from reftheads.architectures.sharding import Parts, holds_a_part, parts_of
 from reftheads.architectures.structure import StackInfo, Structure, arguments
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.intervention import Edit, Head, Shape
 from reftheads.graph.node import Node
+from reftheads.graph.site import Side
 from reftheads.runtime.node_module import NodeModule
 
 
@@ -62,7 +64,7 @@ class PlannedNode:
         """
         try:
             return NodeModule(self.node.intervention, self.shape)
-        except ValueError as error:
+        except (ValueError, RuntimeError, OverflowError) as error:  # torch's, of sizes that no memory could hold
             raise ValueError(f"node {self.node.name!r} at {self.node.site}: {error}") from error
 
 
@@ -130,7 +132,8 @@ def compile_graph(graph: InterventionGraph, model: nn.Module) -> Plan:
     Raises:
         ValueError: an address that the model does not have, a target that is an input of it, a node that needs a
             linear module where there is none, a module outside of the stacks of blocks, shared parameters at sites of
-            different widths, a source that does not run before its reader.
+            different widths, a source that does not run before its reader, a tensor of which tensor parallelism gives
+            each process a part.
 
     Example:
         ```python
@@ -145,8 +148,10 @@ def compile_graph(graph: InterventionGraph, model: nn.Module) -> Plan:
     plan = Plan(graph, tuple(_place(node, structure) for node in graph), structure.stacks)
     _check_targets(plan, model)
     owners = plan.owners()
+    parts = parts_of(model)
     for planned in plan.nodes:
         _check_runs(plan, planned)
+        _check_whole(planned, parts)
         owner = owners[planned.node.key]
         if owner.shape != planned.shape:
             raise ValueError(
@@ -194,6 +199,19 @@ def _check_runs(plan: Plan, planned: PlannedNode) -> None:
         raise ValueError(
             f"node {planned.node.name!r}: nodes act while the blocks run, and {path!r} is called outside of "
             f"{' and '.join(repr(info.path) for info in plan.stacks) or 'any'}: use a module within"
+        )
+
+
+def _check_whole(planned: PlannedNode, parts: Parts) -> None:
+    """Raise `ValueError` where a process sees a part of the features, which a node would take for all of them."""
+    node, path = planned.node, planned.address.module
+    sides: list[Side] = ["input", "output"] if node.intervention.needs_linear else [planned.address.side]
+    cut = next((side for side in sides if holds_a_part(parts, path, side)), None)
+    if cut is not None:
+        raise ValueError(
+            f"node {node.name!r} at {node.site}: tensor parallelism gives each process a part of what is at the {cut} "
+            f"of {path!r}, and a node needs all of its features: use block_output, attention_output or mlp_output "
+            "(LoRA: a linear module that is whole), or load the model without tp_plan"
         )
 
 

@@ -44,7 +44,7 @@ def acting_on(layer: HoldsNodes, nodes: Sequence[Listed], call: Call, tokens: Te
     """
     derived = _derived([module for _, _, module in nodes], call)
     stacked = () if tokens is None else side_by_side(layer, call, len(tokens))
-    for (adapter, _), planned, module in nodes:
+    for (adapter, _), planned, module in _node_by_node(nodes) if len(stacked) > 1 else nodes:
         key, rows, p = (adapter, str(planned.node.name)), None, derived[module]
         source = None if planned.node.source is None else layer.plans[adapter][planned.node.source]
         if len(stacked) > 1 and source is None and p is not None:
@@ -67,6 +67,17 @@ def side_by_side(layer: HoldsNodes, call: Call, rows: int) -> Sequence[str]:
         return ()
     one_graph = all(layer.plans[name].graph == layer.plans[adapters[0]].graph for name in adapters)
     return adapters if one_graph else ()
+
+
+def _node_by_node(nodes: Sequence[Listed]) -> list[Listed]:
+    """Return the nodes of adapters of one graph in its order, each for all adapters before the next one acts.
+
+    Adapter by adapter, what acts for all of them at once would come before the own nodes of the second adapter.
+    """
+    by_adapter: dict[str, list[Listed]] = {}
+    for one in nodes:
+        by_adapter.setdefault(one[0][0], []).append(one)
+    return [one for turn in zip(*by_adapter.values(), strict=True) for one in turn]
 
 
 def _stacked(

@@ -18,7 +18,7 @@ look. So open blocks are listed, and a compiled call looks for its own while the
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from reftheads.runtime.lineage import Generation
 from reftheads.runtime.output import Reading
-from reftheads.runtime.passes import Generation, NodeKey, Run
+from reftheads.runtime.passes import NodeKey, Prompt, Run
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int, Shaped
@@ -104,6 +105,14 @@ def _blocks_of(layer: nn.Module) -> Iterator[Block]:
         block = block.outer
 
 
+def generation_around() -> Generation | None:
+    """Return the innermost `generate` around what runs here, of any model."""
+    block = _BLOCK.get()
+    while block is not None and (block.over or "generation" not in block.changes):
+        block = block.outer
+    return None if block is None else block.changes["generation"]
+
+
 @contextmanager
 def entering(layer: nn.Module, **changes: Any) -> Iterator[None]:
     """Within, what holds for calls of a model is as it was around the block, with these changes.
@@ -141,9 +150,10 @@ class Call:
         adapter_names: of every row, its adapter; `None`: all adapters act on all rows.
         disabled: whether no node acts.
         training: whether the model is in training mode.
-        generation: what `generate` started from, if the call is a pass of it.
+        generation: what `generate` started from, if the call is made within it.
+        continues: the prompt that it continues then.
         labels, prompt_mask, targets: what it was given that concerns the graph.
-        input_ids, attention_mask: what the base model was given.
+        inputs: what the base model was given, by the names of its arguments; `None` where a stack was called alone.
         handed: runs of stacks that were made beforehand, by path.
         runs: of the stacks that are running, by path.
         readings: what has been read so far.
@@ -156,11 +166,11 @@ class Call:
     disabled: bool
     training: bool
     generation: Generation | None = None
+    continues: Prompt | None = None
     labels: Int[Tensor, "rows ..."] | None = None
     prompt_mask: Bool[Tensor, "rows columns"] | None = None
     targets: dict[str, Shaped[Tensor, "rows ..."]] = field(default_factory=dict)
-    input_ids: Int[Tensor, "rows columns"] | None = None
-    attention_mask: Any = None
+    inputs: Mapping[str, Any] | None = None
     handed: dict[str, Run] = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
     readings: dict[NodeKey, Reading] = field(default_factory=dict)

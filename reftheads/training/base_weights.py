@@ -1,6 +1,7 @@
 """The weights of a base model that is trained as well: checkpoints hold them beside the adapter."""
 
 import os
+import warnings
 from functools import reduce
 from typing import Any
 
@@ -17,7 +18,9 @@ class SavesBase(Trainer):
     """Write the base model's weights into the folder `base` of every checkpoint, if any of them is trained."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the base model has weights that were trained")  # they are saved here
+            super()._save(output_dir, state_dict)
         base: Any = self.model.get_base_model()  # type: ignore[union-attr,operator]
         parameters = [p for _, module in own_modules(base) for p in module.parameters(recurse=False)]
         if any(parameter.requires_grad for parameter in parameters):

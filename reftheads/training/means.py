@@ -1,12 +1,14 @@
 """The losses of heads over many batches and processes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+
+from reftheads.graph.intervention import IGNORE
 
 
 class MeanLosses:
@@ -29,3 +31,21 @@ class MeanLosses:
         sums = {name: accelerator.reduce(self._sums.get(name, none)) for name in names}
         self._sums = {}
         return {name: float(loss / count) for name, (loss, count) in sums.items() if count > 0}
+
+
+def without_repeated(inputs: dict[str, Any], targets: Sequence[str], accelerator: Accelerator) -> dict[str, Any]:
+    """Return a batch of an evaluation without the targets of rows that only fill up the last one of several processes.
+
+    Args:
+        targets: names of those columns of the batch.
+    """
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return inputs
+    kept = {}
+    for name, target in inputs.items():
+        if name in targets and isinstance(target, Tensor):
+            row = torch.arange(len(target), device=target.device) + accelerator.process_index * len(target)
+            repeated = (row >= state.remainder).view(-1, *[1] * (target.ndim - 1))
+            kept[name] = target.masked_fill(repeated, float("nan") if target.is_floating_point() else IGNORE)
+    return inputs | kept

@@ -1,9 +1,10 @@
-"""A few batches of a dataset, before it is run through."""
+"""What is known of the batches of a dataset before it is run through."""
 
 from collections.abc import Callable
 from typing import Any
 
 from torch.utils.data import IterableDataset
+from transformers import TrainingArguments
 
 from reftheads._utils.random_numbers import same_random_numbers
 
@@ -25,3 +26,11 @@ def sampled_batches(dataset: Any, collate: Callable[[list], Any], size: int) -> 
     with same_random_numbers():
         rows = [dataset[i] for i in range(0, len(dataset), max(len(dataset) // _ROWS, 1))[:_ROWS]]
         return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def seen_once(args: TrainingArguments, rows: int) -> bool:
+    """Return whether training ends before it comes to a row for the second time."""
+    if args.max_steps <= 0:
+        return args.num_train_epochs <= 1
+    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return args.max_steps * step <= rows

@@ -201,7 +201,7 @@ class _SweepTrainer(InterventionTrainer):
         """Return the loss of every trial from one pass; `None` where the base model can reuse nothing."""
         names = [trial.adapter_name for trial in self.trials]
         with self._reusing(model, inputs):
-            if self._replay is None or self._replay.eligibility.why_plain() is not None or len(names) == 1:
+            if self._replay is None or self._replay.why_plain() is not None or len(names) == 1:
                 return None
             batch = {name: value.repeat(len(names), *[1] * (value.ndim - 1)) for name, value in inputs.items()}
             options = (

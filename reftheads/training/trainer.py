@@ -12,9 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from reftheads.adapter.model import InterventionModel
 from reftheads.data.collator import Collator
-from reftheads.data.rows import column_names, column_values, complete_dataset, count_rows
-from reftheads.data.targets import check_column
-from reftheads.graph.intervention import Head
+from reftheads.data.rows import LEARNT, complete_dataset, count_rows
 from reftheads.reuse.budget import choose_store
 from reftheads.reuse.forecast import Forecast, describe
 from reftheads.reuse.replay import Replay
@@ -22,12 +20,15 @@ from reftheads.reuse.store import ActivationStore
 from reftheads.runtime.interventions import Interventions
 from reftheads.training.answers import generated_answers
 from reftheads.training.base_weights import SavesBase
-from reftheads.training.means import MeanLosses
+from reftheads.training.checkpoints import WholeCheckpoints
+from reftheads.training.columns import check_columns
+from reftheads.training.masks import MasksInMetrics
+from reftheads.training.means import MeanLosses, without_repeated
 from reftheads.training.rates import own_rates
-from reftheads.training.sampling import sampled_batches
+from reftheads.training.sampling import sampled_batches, seen_once
 
 
-class InterventionTrainer(SavesBase):
+class InterventionTrainer(SavesBase, WholeCheckpoints, MasksInMetrics):
     """Train an `InterventionModel` as `transformers.Trainer` does, with what it needs besides.
 
     * Batches are padded by `Collator`, and keep `prompt_mask` and the heads' target columns.
@@ -35,7 +36,9 @@ class InterventionTrainer(SavesBase):
       these. It is logged as `loss_<name>`, and by `evaluate` as `eval_loss_<name>`; both are means over all targets.
     * With `predict_with_generate`, the prompts alone are fed, and what is generated from them is compared.
     * A node with its own learning rate, such as `LinearHead(…, lr=1e-3)`, gets its own parameter group.
-    * Checkpoints hold the base model's weights too, in a folder `base`, if any of them is trained.
+    * Checkpoints hold the base model's weights too, in a folder `base`, if any of them is trained. Each is there as a
+      whole or not at all, whenever the process is killed, so that `resume_from_checkpoint=True` goes on.
+    * Masks among predictions, such as `selected`, are false on padding when they come to `compute_metrics`.
     * A step computes only what the graph can change, and takes the rest from a store; see
       `InterventionModel.reusing`. `reuse_summary` says what is reused; how often the store had what was wanted, and
       how large it is, is logged beside the loss.
@@ -80,7 +83,7 @@ class InterventionTrainer(SavesBase):
 
     def __init__(
         self,
-        model: InterventionModel,
+        model: InterventionModel | None = None,
         args: TrainingArguments | None = None,
         *,
         train_dataset: Any = None,
@@ -116,27 +119,25 @@ class InterventionTrainer(SavesBase):
         self._wants_logits = self.label_smoother is not None or self.compute_loss_func is not None
         if self._wants_logits and reuse != "off":
             self.reuse_summary = "reuse  nothing: the loss is computed from all logits"
-        layer = next(module for module in model.modules() if isinstance(module, Interventions))
-        self._target_names = list(dict.fromkeys(name for plan in layer.plans.values() for name in plan.targets))
-        columns = column_names(train_dataset)
-        if columns is not None and isinstance(data_collator, Collator):  # a collator of one's own may make columns
-            for target in (target for name in layer.active_adapters for target in layer.plans[name].targets):
-                if target not in columns:
-                    raise ValueError(
-                        f"the target {target!r} of a head is no column of train_dataset, which has "
-                        f"{', '.join(columns)}: add it to the rows, or give the head target=None"
-                    )
-            heads = [p.node.intervention for name in layer.active_adapters for p in layer.plans[name].nodes]
-            for head in heads:
-                if isinstance(head, Head) and head.target is not None:
-                    _check_targets(head, train_dataset, "train_dataset")
-                    _check_targets(head, eval_dataset, "eval_dataset")
+        if isinstance(data_collator, Collator):  # a collator of one's own may make columns
+            check_columns(_layer_of(self.model), train_dataset, eval_dataset)
+
+    @property
+    def _target_names(self) -> list[str]:
+        plans = _layer_of(self.model).plans.values()
+        return list(dict.fromkeys(name for plan in plans for name in plan.targets))
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make the model anew by `model_init`, as `Trainer` does before each training."""
+        self._signature_columns = None  # its heads may have other targets
+        return super().call_model_init(trial)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             assert self._signature_columns is not None
-            self._signature_columns += ["prompt_mask", *self._target_names]
+            learnt = LEARNT if isinstance(self.data_collator, Collator) else ()
+            self._signature_columns += ["prompt_mask", *learnt, *self._target_names]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimizer, with a parameter group for each node that has its own learning rate."""
@@ -156,13 +157,17 @@ class InterventionTrainer(SavesBase):
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
-        (self._trained if model.training else self._evaluated).add(outputs)  # type: ignore[arg-type]
-        heads: Tensor | None = outputs.get("head_loss")  # type: ignore[union-attr]
-        if heads is not None and num_items_in_batch is not None and self.model_accepts_loss_kwargs and model.training:
+        named: Mapping[str, Any] = outputs if isinstance(outputs, Mapping) else {}
+        if not named and inputs.keys() & self._target_names:
+            raise ValueError("the losses of heads have names, and this model gives a tuple: let it give a dict")
+        (self._trained if model.training else self._evaluated).add(named)
+        heads: Tensor | None = named.get("head_loss")
+        if heads is not None and num_items_in_batch is not None and self.model_accepts_loss_kwargs:
             # the base model's loss is divided by the items of all batches and devices; the heads' are means of one
             devices = self.args.n_gpu if self.args.n_gpu > 1 else self.accelerator.num_processes // self.get_tp_size()
             scale = devices if self.args.average_tokens_across_devices else 1
-            loss = loss - heads * (scale - 1 / self.current_gradient_accumulation_steps)
+            batches = self.current_gradient_accumulation_steps if model.training else 1
+            loss = loss - heads * (scale - 1 / batches)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -186,7 +191,7 @@ class InterventionTrainer(SavesBase):
             self._replay = self._new_replay(own, inputs)
             self._described = own.get_base_model(), own.training
         elif own.training and not self._described[1]:  # described before an evaluation; dropout may be active now
-            if self._replay is not None and self._replay.eligibility.why_plain() is not None:
+            if self._replay is not None and self._replay.why_plain() is not None:
                 self.reuse_summary = describe(self._replay)
             self._described = self._described[0], True
         return nullcontext() if self._replay is None else own.reusing(self._replay)
@@ -198,23 +203,22 @@ class InterventionTrainer(SavesBase):
         except ValueError as error:
             self.reuse_summary = f"reuse  nothing: {error}"
             return None
-        if replay.eligibility.why_plain() is not None:
-            self.reuse_summary = describe(replay)
-            return replay
-        with self.accelerator.autocast():
-            difference = replay.differs(model, inputs)
-        if difference is not None:
-            self.reuse_summary = f"reuse  nothing: {difference}"
-            return None
-        batches = self._sample()
-        self.reuse_summary = describe(replay, batches)
+        with self.accelerator.autocast():  # as the steps compute, whose comparison with the plain path is known then
+            if replay.why_plain() is not None:
+                self.reuse_summary = describe(replay)
+                return replay
+            if not replay.split.understands(inputs):
+                self.reuse_summary = "reuse  nothing: a batch holds more than tokens, their labels and targets of heads"
+                return None
+            batches = self._sample()
+            self.reuse_summary = describe(replay, batches)
         rows: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         size = Forecast.of(replay, batches).bytes_of(count_rows(rows)) if batches else None
         store, why = choose_store(
             self.reuse,  # type: ignore[arg-type]
             size,
             folder=os.path.join(str(self.args.output_dir), "activations"),
-            seen_once=bool(batches) and self._seen_once(len(rows)),
+            seen_once=bool(batches) and seen_once(self.args, len(rows)),
             device=self.args.device,
         )
         self.reuse_summary += f"\nstore    {why}"
@@ -228,13 +232,6 @@ class InterventionTrainer(SavesBase):
         collate = self._get_collator_with_removed_columns(self.data_collator)
         batches = sampled_batches(rows, collate, self.args.train_batch_size)
         return [self._prepare_inputs(batch) for batch in batches]
-
-    def _seen_once(self, rows: int) -> bool:
-        """Return whether training ends before it comes to a row for the second time."""
-        if self.args.max_steps <= 0:
-            return self.args.num_train_epochs <= 1
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return self.args.max_steps * step <= rows
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as `Trainer` does, and add the mean loss of each head to the metrics."""
@@ -262,6 +259,7 @@ class InterventionTrainer(SavesBase):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
         """Return loss, predictions (logits, or generated tokens) and labels of a batch."""
+        inputs = without_repeated(inputs, self._target_names, self.accelerator)
         self.label_names = [name for name in dict.fromkeys(["labels", *self._target_names]) if name in inputs]
         if not self.predict_with_generate or prediction_loss_only:
             before, self._wants_logits = self._wants_logits, self._wants_logits or not prediction_loss_only
@@ -278,6 +276,10 @@ class InterventionTrainer(SavesBase):
         return loss, answers, inputs.get("labels")
 
 
+def _layer_of(model: nn.Module) -> Interventions:
+    return next(module for module in model.modules() if isinstance(module, Interventions))
+
+
 def _check_arguments(reuse: Any, **datasets: Any) -> None:
     """Raise `ValueError` for a `reuse` that there is not, or a dataset without rows."""
     if reuse not in ("auto", "memory", "disk", "off") and not isinstance(reuse, ActivationStore):
@@ -285,12 +287,3 @@ def _check_arguments(reuse: Any, **datasets: Any) -> None:
     for name, dataset in datasets.items():
         if hasattr(dataset, "__len__") and len(dataset) == 0:
             raise ValueError(f"{name} is empty: give at least one row, as from encode_pairs")
-
-
-def _check_targets(head: Head, dataset: Any, name: str) -> None:
-    """Raise `ValueError` for a row whose target cannot be, or if no row has one; on the CPU, before training."""
-    column = column_values(dataset, str(head.target))
-    if column and not check_column(head, column, f"row {{row}} of {name}"):
-        raise ValueError(
-            f"no row of {name} has a target {head.target!r}: fill the column, or give the head target=None"
-        )

@@ -115,7 +115,7 @@ while True:
 """
 
 
-def test_a_kill_leaves_whole_files_and_a_folder_that_is_removed_an_hour_later(tmp_path):
+def test_a_kill_leaves_whole_files_and_a_folder_that_the_next_write_removes(tmp_path):
     arguments = [sys.executable, "-c", _WRITE_FOREVER, str(tmp_path), str(Path(atomic.__file__).parent)]
     for i in range(5):
         child = subprocess.Popen(arguments, stdout=subprocess.PIPE)
@@ -128,8 +128,6 @@ def test_a_kill_leaves_whole_files_and_a_folder_that_is_removed_an_hour_later(tm
     for folder in (tmp_path, tmp_path / "many"):
         (folder / f".{folder.name}.saving-x").mkdir(exist_ok=True)
     (tmp_path / ".one.saving-x").mkdir()
-    for folder in tmp_path.rglob(".*"):
-        os.utime(folder, (0, 0))
     with replacing(tmp_path / "one") as one, filling(tmp_path / "many") as many:
         one.write_text("new")
         (many / "a").write_text("new")
@@ -138,11 +136,42 @@ def test_a_kill_leaves_whole_files_and_a_folder_that_is_removed_an_hour_later(tm
     assert contents(tmp_path)["one"] == contents(tmp_path)["many/a"] == "new"
 
 
-def test_only_folders_of_that_prefix_that_nobody_writes_into_are_removed(tmp_path):
+@pytest.mark.parametrize("locks", [True, False])
+def test_only_folders_of_that_prefix_that_nobody_writes_into_are_removed(tmp_path, monkeypatch, locks):
     old, young, other = (tmp_path / name for name in (".[a].saving-x", ".[a].saving-y", ".a.saving-x"))
     for folder in (old, young, other):
         folder.mkdir()
     for folder in (old, other):
         os.utime(folder, (time.time() - 3601,) * 2)
-    atomic.remove_abandoned(tmp_path, ".[a].saving-")
-    assert (old.exists(), young.exists(), other.exists()) == (False, True, True)
+    if not locks:  # nobody knows whether the young one is written into
+        monkeypatch.setattr(atomic, "fcntl", None)
+    with filling(tmp_path / "[a]") as mine:
+        atomic.remove_abandoned(tmp_path, ".[a].saving-")
+        assert (old.exists(), young.exists(), other.exists()) == (False, not locks, True)
+        assert mine.exists()
+        (mine / "file").write_text("new")
+    assert (tmp_path / "[a]" / "file").read_text() == "new"
+
+
+def test_a_folder_that_another_process_took_for_abandoned_is_made_again(tmp_path, monkeypatch):
+    lock, made = atomic._lock, []
+
+    def late(handle, wait):
+        if wait and not made:
+            made.extend(tmp_path.glob(".*.saving-*"))
+            made[0].rmdir()  # as another process may, before this one has the lock
+        return lock(handle, wait)
+
+    monkeypatch.setattr(atomic, "_lock", late)
+    with replacing(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    assert len(made) == 1 and contents(tmp_path) == {"file": "new"}
+
+
+def test_a_name_as_long_as_names_can_be_is_written(tmp_path):
+    for name in ("x" * 255, "é" * 127):
+        with replacing(tmp_path / name) as temporary:
+            temporary.write_text("new")
+        with filling(tmp_path / "folder" / name) as folder:
+            (folder / "file").write_text("new")
+        assert (tmp_path / name).read_text() == (tmp_path / "folder" / name / "file").read_text() == "new"

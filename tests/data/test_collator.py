@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.models import TEMPLATE
 
 import reftheads as rh
 from reftheads.data.collator import prompts_only
@@ -103,3 +104,49 @@ def test_a_prompt_ends_at_the_first_label_where_no_mask_says_so(tokenizer):
     chat = rh.encode_pairs(tokenizer, ["a b"], ["c"])[0]
     other = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}
     assert rh.Collator(tokenizer)([chat, other])["prompt_mask"][1].tolist() == [1, 0, 0, 0]
+
+
+MARKED = TEMPLATE.replace(
+    "{{ m.content }}</s>",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>{% endgeneration %}"
+    "{% else %}{{ m.content }}</s>{% endif %}",
+)
+
+
+def test_masks_of_a_chat_template_make_the_labels_of_all_turns(tokenizer):
+    tokenizer.chat_template = MARKED
+    turns = [("user", "a b"), ("assistant", "c"), ("user", "d"), ("assistant", "e f")]
+    talk = [{"role": role, "content": content} for role, content in turns]
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    rows = [dict(tokenizer.apply_chat_template(part, **options)) for part in (talk, talk[:2])]
+    assert all("assistant_masks" in row for row in rows)
+    batch = rh.Collator(tokenizer)(rows)
+    want = rh.Collator(tokenizer)(rh.encode_chat(tokenizer, [talk, talk[:2]], turns="all"))
+    assert batch.keys() == {"input_ids", "attention_mask", "labels"}
+    assert all(torch.equal(batch[name], want[name]) for name in batch)
+    assert torch.equal(prompts_only(batch, 0)["input_ids"], prompts_only(want, 0)["input_ids"])
+
+
+def test_a_token_is_learnt_where_all_masks_mark_it_and_a_label_of_ones_own_stays(tokenizer):
+    row = {"input_ids": [3, 4, 5, 6], "completion_mask": [0, 1, 1, 1], "assistant_masks": [0, 0, 1, 1]}
+    assert rh.Collator(tokenizer)([row])["labels"].tolist() == [[-100, -100, 5, 6]]
+    own = {**row, "labels": [3, 4, 9, -100]}
+    assert rh.Collator(tokenizer)([own])["labels"].tolist() == [[-100, -100, 9, -100]]
+    beside = rh.Collator(tokenizer)([row, {"input_ids": [3, 4], "grade": 1}])
+    assert beside["labels"][1].tolist() == [-100] * 4 and beside["grade"].tolist() == [-100, 1]
+
+
+def test_a_mask_that_marks_nothing_or_does_not_fit_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="assistant_masks mark no token .* no {% generation %} around answers"):
+        rh.Collator(tokenizer)([{"input_ids": [3, 4], "assistant_masks": [0, 0]}])
+    with pytest.raises(ValueError, match="completion_mask has 1 entries in a row of 2 tokens"):
+        rh.Collator(tokenizer)([{"input_ids": [3, 4], "completion_mask": [1]}])
+
+
+def test_text_beside_the_tokens_is_left_out(tokenizer):
+    rows = [
+        {"input_ids": [3], "text": "a", "words": ["a"], "messages": [{"role": "user", "content": "a"}], "grade": 1},
+        {"input_ids": [4], "text": None, "words": ["b", "c"], "messages": [], "grade": 0},
+        {"input_ids": [5]},
+    ]
+    assert rh.Collator(tokenizer)(rows).keys() == {"input_ids", "attention_mask", "grade"}

@@ -58,6 +58,34 @@ def test_the_prompt_of_a_chat_is_what_generation_is_given(tokenizer):
     assert tokenizer.decode(answer) == "c </s>"
 
 
+TALK = [
+    {"role": "user", "content": "a b"},
+    {"role": "assistant", "content": "c"},
+    {"role": "user", "content": "d"},
+    {"role": "assistant", "content": "e f"},
+]
+
+
+def test_all_turns_of_a_chat_are_learnt_and_the_prompt_ends_before_the_first(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    [row], [last] = (rh.encode_chat(tokenizer, [TALK], turns=turns) for turns in ("all", "last"))
+    whole = tokenizer(tokenizer.apply_chat_template(TALK, tokenize=False), add_special_tokens=False)["input_ids"]
+    assert row["input_ids"] == last["input_ids"] == whole
+    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "c </s> e f </s>"
+    assert tokenizer.decode([label for label in last["labels"] if label != -100]) == "e f </s>"
+    [first] = rh.encode_chat(tokenizer, [TALK[:2]])
+    assert sum(row["prompt_mask"]) == sum(first["prompt_mask"]) == row["labels"].index(tokenizer.vocab["c"])
+    with pytest.raises(ValueError, match="turns must be 'last' or 'all', got 'first'"):
+        rh.encode_chat(tokenizer, [TALK], turns="first")
+
+
+def test_all_turns_of_a_template_that_rewrites_earlier_ones_are_refused(tokenizer):
+    tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ m.content if loop.last else 'x' }}")
+    with pytest.raises(ValueError, match="cut behind it, with turns='last'"):
+        rh.encode_chat(tokenizer, [TALK], turns="all")
+    assert rh.encode_chat(tokenizer, [TALK])
+
+
 def test_a_chat_needs_a_template_and_an_answer(tokenizer):
     with pytest.raises(ValueError, match="no chat template"):
         rh.encode_chat(tokenizer, [[{"role": "user", "content": "a"}]])

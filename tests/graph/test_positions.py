@@ -1,4 +1,4 @@
-"""Every rule against an oracle that slices Python lists, row by row."""
+"""Every rule against lists of Python, row by row: whole, in chunks, with padding and gaps anywhere."""
 
 import copy
 import os
@@ -12,9 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import rules as rules_of_lists
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import reftheads as rh
 from reftheads.graph.positions import Positions
 from reftheads.graph.selection import Selection
 from reftheads.graph.tokens import Tokens
@@ -35,46 +37,31 @@ class Rows:
     def width(self) -> int:
         return len(self.real[0])
 
-    def tokens(self, start: int = 0, stop: int | None = None, tensor_past: bool = False) -> Tokens:
+    def columns(self) -> list[tuple[list[int], list[int]]]:
+        """Of every row, in order, the columns that hold tokens and those of its prompt."""
+        out = []
+        for i, there in enumerate(self.real):
+            real = [c for c in range(self.width) if there[c]]
+            prompt = real if self.prompt is None else [c for c in real if dict(enumerate(self.prompt[i])).get(c)]
+            out.append((real, prompt))
+        return out
+
+    def tokens(
+        self, start: int = 0, stop: int | None = None, tensor_past: bool = False, known: int | None = None
+    ) -> Tokens:
+        """Columns `start` to `stop`; the attention mask reaches to column `known`, or to the end."""
         stop = self.width if stop is None else stop
         return Tokens.of(
             (len(self.real), stop - start),
             torch.tensor(start) if tensor_past else start,
-            torch.tensor(self.real).long() if self.masked else None,
+            torch.tensor(self.real)[:, :known].long() if self.masked else None,
             None if self.prompt is None else torch.tensor(self.prompt),
             torch.tensor(self.ids)[:, start:stop],
         )
 
 
-def term_columns(term: str, real: list[int], prompt: list[int], capped: bool) -> set[int]:
-    """Which columns a term means, given those that hold tokens and those of the prompt, in order."""
-    n = len(prompt)
-    if term in ("all", "prompt", "generated"):
-        return {"all": set(real), "prompt": set(prompt), "generated": set(real) - set(prompt)}[term]
-    if term[0] in "fl":
-        count = min(int(term[1:]), n // 2) if capped else min(int(term[1:]), n)
-        return set(prompt[:count] if term[0] == "f" else prompt[n - count :])
-    if ":" in term:
-        start, stop = (int(end) if end else None for end in term.split(":"))
-        return set(prompt[start:stop])
-    return {prompt[int(term)]} if -n <= int(term) < n else set()
-
-
 def oracle(rule: str, rows: Rows) -> list[list[int]]:
-    part, _, whole = rule.partition(" of ")
-    terms = (whole or part).split("+")
-    capped = any(t[0] == "f" for t in terms) and any(t[0] == "l" for t in terms)
-    out = []
-    for i, real in enumerate(rows.real):
-        columns = [c for c, there in enumerate(real) if there]
-        prompt = (
-            columns if rows.prompt is None else [c for c in columns if c < len(rows.prompt[i]) and rows.prompt[i][c]]
-        )
-        chosen: set[int] = set()
-        for term in [part] if whole else terms:
-            chosen |= term_columns(term, columns, prompt, capped and term[0] in "fl")
-        out.append(sorted(chosen))
-    return out
+    return [rules_of_lists.selected(rule, *row) for row in rows.columns()]
 
 
 def chosen(selection: Selection | None, batch: int, chunk: int, start: int = 0) -> list[list[int]]:
@@ -111,7 +98,8 @@ def row_batches(draw) -> Rows:
     for _ in range(batch):
         left = draw(st.integers(0, width - 1)) if masked else 0
         right = draw(st.integers(0, width - 1 - left)) if masked else 0
-        real.append([left <= c < width - right for c in range(width)])
+        gaps = draw(st.sets(st.integers(0, width - 1), max_size=2)) if masked else set()
+        real.append([left <= c < width - right and c not in gaps for c in range(width)])
         ids.append(draw(st.lists(st.integers(0, 9), min_size=width, max_size=width)))
     prompt = None
     if draw(st.booleans()):
@@ -165,6 +153,56 @@ def test_chunks_together_select_what_the_whole_row_selects(rule: str, rows: Rows
 
 
 @FEW
+@given(rules, row_batches(), st.data())
+def test_a_chunk_needs_no_mask_of_the_columns_behind_it(rule: str, rows: Rows, data):
+    if rows.prompt is None:
+        rows.prompt = rows.real  # who feeds chunks says where the prompt ends
+    start = data.draw(st.integers(0, rows.width - 1))
+    stop = data.draw(st.integers(start + 1, rows.width))
+    known = data.draw(st.integers(stop, rows.width))
+    expected = [[c for c in row if start <= c < stop] for row in oracle(rule, rows)]
+    assert resolve(Positions(rule), rows, start, stop, known=known) == expected
+
+
+@FEW
+@given(rules, row_batches(), st.integers(0, 40))
+def test_slots_and_masks_select_the_same(rule: str, rows: Rows, few: int):
+    selection = Positions(rule).select(rows.tokens(), few)
+    assert chosen(selection, len(rows.real), rows.width) == oracle(rule, rows)
+
+
+@FEW
+@given(row_batches(), st.data())
+def test_every_so_manyth_token_of_the_prompt_is_a_function_of_its_rank(rows: Rows, data):
+    start = data.draw(st.integers(0, rows.width - 1))
+    if rows.prompt is None:
+        rows.masked = True
+    for step, rule in ((2, rules_of_lists.every_second), (3, rules_of_lists.every_third)):
+        expected = [rules_of_lists.every(step, *row) for row in rows.columns()]
+        assert resolve(Positions.parse(rule), rows) == expected
+        assert resolve(Positions.parse(rule), rows, start) == [[c for c in row if c >= start] for row in expected]
+
+
+@FEW
+@given(rules, row_batches())
+def test_what_a_rule_says_of_itself_holds_in_every_row(rule: str, rows: Rows):
+    positions = Positions(rule)
+    for (real, prompt), selected in zip(rows.columns(), oracle(rule, rows), strict=True):
+        if positions.begins_with_first and len(prompt) > 1:
+            assert prompt[0] in selected
+        if not positions.needs_prompt:
+            assert selected == rules_of_lists.selected(rule, real, [])
+
+
+@FEW
+@given(st.lists(terms, min_size=1, max_size=3, unique=True).map("+".join), row_batches())
+def test_a_graph_that_is_not_tied_has_a_node_for_each_part_of_a_sum(rule: str, rows: Rows):
+    parts = {node.positions for node in rh.InterventionGraph.over(rh.Steering(), [0], rule, tied=False)}
+    together = zip(*(resolve(part, rows) for part in parts), strict=True)
+    assert [sorted({c for columns in row for c in columns}) for row in together] == oracle(rule, rows)
+
+
+@FEW
 @given(rules, row_batches())
 def test_no_row_gets_more_tokens_than_the_bound(rule: str, rows: Rows):
     bound = Positions(rule).bound
@@ -201,13 +239,13 @@ def test_f7_and_l7_take_half_a_short_prompt_each_as_pyreft_does():
 
 
 @FEW
-@given(st.sets(st.integers(0, 9), min_size=1), row_batches())
-def test_where_selects_real_tokens_with_one_of_the_ids(ids: set[int], rows: Rows):
-    expected = [
-        [c for c, there in enumerate(real) if there and row[c] in ids]
-        for real, row in zip(rows.real, rows.ids, strict=True)
-    ]
+@given(st.sets(st.integers(0, 9), min_size=1), row_batches(), st.integers(0, 11))
+def test_where_selects_real_tokens_with_one_of_the_ids(ids: set[int], rows: Rows, start: int):
+    columns = zip(rows.columns(), rows.ids, strict=True)
+    expected = [rules_of_lists.with_ids(ids, real, row) for (real, _), row in columns]
     assert resolve(Positions.where(token_ids=sorted(ids)), rows) == expected
+    start = min(start, rows.width - 1)
+    assert resolve(Positions.where(sorted(ids)), rows, start) == [[c for c in row if c >= start] for row in expected]
 
 
 @FEW
@@ -315,11 +353,39 @@ def test_a_function_cannot_be_saved_and_says_so():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "f", "f-1", "l1.5", "first", "f7+", "+l7", "f7,l7", "F7", "-", "-:", ":-", "1:2:3", "--1", "3 to 5", "of"],
-)
+    [
+        "", "f", "f-1", "l1.5", "first", "f7+", "+l7", "f7,l7", "F7", "-", "-:", ":-", "1:2:3", "--1", "3 to 5", "of",
+        "0 1", "f 7", "- 1", "1 :3", "1_0", "f١", "１", "²", "f7off7+l7", "9" * 10, "1:" + "9" * 10,
+    ],
+)  # fmt: skip
 def test_what_is_no_rule_is_refused_with_the_rules_that_are(text: str):
     with pytest.raises(ValueError, match=r"cannot read positions .*: use f3, l1, f7\+l7, all, prompt, generated"):
         Positions.parse(text)
+
+
+@pytest.mark.parametrize("text", [" f7+l7", "f7 + l7 ", "\tf7+\nl7", "f7 of f7 + l7"])
+def test_space_between_terms_means_nothing(text: str):
+    assert Positions.parse(text) == Positions.parse(text.strip().replace(" + ", "+").replace("\n", ""))
+
+
+def test_a_sum_of_a_thousand_terms_is_read_and_what_is_longer_is_refused():
+    assert Positions("+".join(map(str, range(1000)))).bound == 1000
+    with pytest.raises(ValueError, match="cannot read positions '999"):
+        Positions.parse("9" * 5000)
+    for count in (1001, 10**6):
+        with pytest.raises(ValueError, match=f"a sum of at most 1000 terms, got {count:,}: use slices"):
+            Positions.parse("+".join(["0"] * count))
+
+
+@pytest.mark.parametrize("ids", ["79", {"7": 1}, 7, None, [True], [1.0], ["7"], [-1], [2**63], [None], [[1]]])
+def test_token_ids_that_are_no_whole_numbers_are_refused(ids):
+    with pytest.raises(ValueError, match="token_ids must be"):
+        Positions.where(ids)
+
+
+@pytest.mark.parametrize("ids", [(7, 9), range(7, 9), torch.tensor([7, 9]), {7}])
+def test_token_ids_may_be_whole_numbers_of_any_kind(ids):
+    assert Positions.where(ids).token_ids == tuple(int(i) for i in ids)
 
 
 @pytest.mark.parametrize("text", ["f7 of f6+l7", "all of f7+l7", "f7 of f7", "of f7+l7", "f7 of f7+all"])

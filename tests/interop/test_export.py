@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
+from support.files import change_config, change_weights
 from support.models import LAYERS, VOCAB, WIDTH, random_ids, randomise, tiny_gpt2, tiny_llama
 from torch import nn
 
@@ -467,10 +468,8 @@ def test_heads_of_a_deeper_base_are_refused(tmp_path):
 )
 def test_weights_of_another_number_of_labels_than_the_graph_says_are_refused(head, weight, bias, outputs, tmp_path):
     saved(tmp_path, head)
-    path = tmp_path / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["graph"]["nodes"][0]["options"]["outputs"] = outputs
-    path.write_text(json.dumps(config))
+    change_weights(tmp_path)
+    change_config(tmp_path, lambda config: config["graph"]["nodes"][0]["options"].update(outputs=outputs))
     refused(
         tiny_llama(), tmp_path, weight.format(n=outputs), f"{bias} has shape (3,), and this model needs ({outputs},)"
     )

@@ -2,12 +2,14 @@
 
 import json
 import warnings
+from random import Random
 
 import peft
 import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
+from support.files import damage_config, damage_weights
 from support.models import VOCAB, WIDTH, random_ids, randomise, tiny_gpt2, tiny_llama
 from torch import Tensor
 
@@ -332,3 +334,25 @@ def test_checkpoints_that_are_no_lora_damaged_pickled_or_of_another_model_are_re
         tiny_llama(), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
     ).save_pretrained(tmp_path)
     refused("not a LoRA", tiny_llama())
+
+
+def test_random_damage_of_a_lora_is_an_error_or_another_lora(tmp_path):
+    make, options = CONFIGS["plain"]
+    good, bad, random, base, loaded = tmp_path / "good", tmp_path / "bad", Random(0), make(), 0
+    saved_by_peft(make, options, good)
+    bad.mkdir()
+    plain = base(random_ids()).logits
+    for _ in range(150):
+        for path in good.iterdir():
+            (bad / path.name).write_bytes(path.read_bytes())
+        if random.random() < 0.6:
+            damage_config(bad / "adapter_config.json", random)
+        else:
+            damage_weights(bad / "adapter_model.safetensors", random)
+        try:
+            from_peft_lora(base, bad).unload().requires_grad_(True)
+            loaded += 1
+        except ValueError as error:
+            assert type(error) is ValueError and 10 < len(str(error)) < 3000
+        assert not hasattr(base, "interventions") and all(p.requires_grad for p in base.parameters())
+    assert torch.equal(base(random_ids()).logits, plain) and 0 < loaded < 150

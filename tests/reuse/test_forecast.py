@@ -161,6 +161,7 @@ def test_a_decoder_whose_prefixes_are_left_out_is_described():
         "prefix keys and values before the first edit and label",
         "layers 3 of 6 blocks are replayed: the first edit is at block_output[2]",
         "logits where there is a label",
+        "prompts generate begins with what is kept of them",
         f"a step {forecast.replaying / forecast.plain:.1%} of a plain step's operations, "
         f"{forecast.recording / forecast.plain:.1%} while it is recorded",
         f"to keep {forecast.stored / 4 / 1e6:.3g} MB a row",
@@ -174,6 +175,7 @@ CASES = {
             "prefix not reused: positions 'f7+l7' begin with the first token",
             "layers 3 of 6 blocks are replayed: the first edit is at block_output[2]",
             "logits where there is a label",
+            "prompts not reused by generate: positions 'f7+l7' begin with the first token",
         ],
     ),
     "heads": (
@@ -183,6 +185,7 @@ CASES = {
             "layers 6 of 6 blocks are replayed: no edit",
             "readers what a, b read is kept",
             "logits where there is a label",
+            "prompts generate begins with what is kept of them",
         ],
     ),
     "heads and edits": (
@@ -192,6 +195,7 @@ CASES = {
             "layers 3 of 6 blocks are replayed: the first edit is at block_output[2]",
             "readers what a reads is kept",
             "logits where there is a label",
+            "prompts generate begins with what is kept of them",
         ],
     ),
     "before the first block": (
@@ -200,6 +204,7 @@ CASES = {
             "prefix keys and values before the first edit and label",
             "layers not reused: block_input[0] comes before the end of the first block",
             "logits where there is a label",
+            "prompts generate begins with what is kept of them",
         ],
     ),
     "encoder": (

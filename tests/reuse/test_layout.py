@@ -83,7 +83,7 @@ def batch(rows: list[tuple[int, int, int]], divided: bool) -> tuple[Rows, Positi
     layout = laid_out(rows) if divided else Layout.whole(real)
     contents = [content(row[there]) for row, there in zip(ids, real, strict=True)]
     masks = {rule: real & (ids % 3 == 0)}
-    return Rows({"input_ids": ids}, contents, layout, masks, starts, lengths, divided), rule, ids
+    return Rows({"input_ids": ids}, contents, layout, masks, frozenset(), starts, lengths, divided), rule, ids
 
 
 @given(rows, st.booleans(), st.data())

@@ -66,8 +66,10 @@ def test_no_block_runs_above_the_last_head_if_there_are_no_labels() -> None:
 def test_the_first_pass_runs_no_further_than_somebody_looks() -> None:
     model, batch = intervened(base_of("llama"), head(1)), usual_batch(targets=True, labels=False)
     low, middle, high = inside(model)
-    with model.reusing(ActivationStore(2**30)), counted(high) as above, counted(low, middle) as below:
-        step(model, batch)
+    with model.reusing(ActivationStore(2**30)) as used:
+        assert used.why_plain() is None  # compared beforehand
+        with counted(high) as above, counted(low, middle) as below:
+            step(model, batch)
     assert not above and len(below) == 1 + (1 if below[1:] else 0)
 
 
@@ -95,7 +97,9 @@ def test_nothing_of_a_prefix_is_kept_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         step(model, batch)
         plain, kept[:] = list(kept), []
-        with model.reusing(None):
+        with model.reusing(None) as used:
+            assert used.why_plain() is None  # compared beforehand
+            kept.clear()
             step(model, batch)
     assert tokens(plain) == 4 * 12 and tokens(kept) == 4 * 4
 
@@ -258,8 +262,9 @@ def test_dropout_of_a_node_keeps_as_many_numbers_as_it_should() -> None:
     def see(module: nn.Module, args: tuple, output: Tensor) -> None:
         kept.append(float((output != 0).double().mean()))
 
-    handle = model.node("loreft_1").register_forward_hook(see)
-    with model.reusing(ActivationStore(2**30)):
+    with model.reusing(ActivationStore(2**30)) as used:
+        assert used.why_plain() is None  # compared beforehand
+        handle = model.node("loreft_1").register_forward_hook(see)
         losses = {float(model(**batch).loss) for _ in range(40)}
     handle.remove()
     assert len(losses) == 40  # drawn anew each time, although all else is replayed

@@ -361,19 +361,51 @@ def test_what_a_generation_knew_is_forgotten_afterwards():
     assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in this.base.modules()]
 
 
+# --- other nodes that read ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("gated", [False, True], ids=["collect alone", "a gate between"])
+def test_activations_of_a_text_are_collected_without_any_head(way: str, gated: bool):
+    options, times = WAYS[way]
+    gate = [
+        rh.Node(rh.Collect(), 0, "query_output", head=1, positions="l1", name="last"),
+        rh.Node(rh.LinearHead(1, dtype="float64"), 0, positions="l1", name="probe"),
+        rh.Node(rh.Gated(rh.Steering(vector=torch.randn(WIDTH))), 1, positions="generated", source="probe"),
+    ]
+    graph = rh.InterventionGraph(rh.Node(rh.Collect(), 1, name="seen"), *gate * gated)
+    base = tiny_llama(initializer_range=0.3).double()
+    base.generation_config.eos_token_id = None
+    model = rh.InterventionModel(base, graph).double().eval()
+    batch = oracle.pad(PROMPTS, "left")
+    del batch["position_ids"]
+    torch.manual_seed(0)
+    out = model.generate(**batch, **dict(max_new_tokens=NEW, do_sample=False, return_heads=True) | options)
+    assert len(out.sequences) == times * len(PROMPTS)
+    width = max(map(len, PROMPTS))
+    for i, sequence in enumerate(out.sequences.tolist()):
+        prompt = PROMPTS[i // times]
+        ids = [*prompt, *sequence[width:]]
+        with torch.no_grad():
+            alone = model(torch.tensor([ids]), prompt_mask=torch.arange(len(ids))[None] < len(prompt)).collected
+        close(out.collected["seen"][i, width - len(prompt) :], alone["seen"][0])
+        assert not out.collected["seen"][i, : width - len(prompt)].any()
+        if gated:
+            close(out.collected["last"][i], alone["last"][0])
+
+
 # --- bad input --------------------------------------------------------------------------------------------
 
 
-def test_a_graph_without_heads_is_refused():
-    graph = rh.InterventionGraph(rh.Node(rh.Collect(), 0))
-    model = rh.InterventionModel(tiny_llama(), graph).eval()
-    with pytest.raises(ValueError, match="return_heads=True, but no head acts: add a node"):
+def test_a_graph_without_readers_is_refused():
+    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph(rh.Node(rh.Steering(), 0))).eval()
+    with pytest.raises(ValueError, match="return_heads=True, but no node that reads acts: add one"):
         model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=2, return_heads=True)
 
 
 def test_an_adapter_that_is_switched_off_is_refused():
     this = Case()
-    with this.model.disable_adapter(), pytest.raises(ValueError, match="no head acts"):
+    with this.model.disable_adapter(), pytest.raises(ValueError, match="no node that reads acts"):
         this.generate()
 
 

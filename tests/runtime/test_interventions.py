@@ -140,10 +140,32 @@ def test_training_without_knowing_where_the_prompt_ends_is_refused(rule: str):
     with pytest.raises(ValueError, match="depend on where the prompt ends, and this batch does not say: pass labels"):
         model(**batch)
     model(**batch, prompt_mask=batch["attention_mask"])
-    model(**batch, labels=batch["input_ids"])
     with model.disable_adapter():
         model(**batch)
     intervened(base_of(), "all").train()(**batch)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("rule", RULES)
+def test_training_on_labels_from_the_first_token_of_a_row_on_is_refused_where_nothing_would_be_selected(rule, side):
+    model = intervened(base_of(), rule)
+    batch = oracle.pad(ROWS, side)
+    everything = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    first = batch["attention_mask"].cumsum(1) == 1
+    some = everything.masked_fill(first & (torch.arange(len(ROWS)) != 2)[:, None], -100)
+    model(**batch, labels=everything)
+    model.train()
+    model(**batch, labels=everything, prompt_mask=batch["attention_mask"])
+    model(**batch, labels=everything.masked_fill(first, -100))
+    if rule in ("all", "generated"):
+        model(**batch, labels=everything)
+        return
+    with pytest.raises(ValueError, match="the labels of row 0 begin at its first token, as those of 4 of 4 rows do"):
+        model(**batch, labels=everything)
+    with pytest.raises(ValueError, match="of row 2 .* 1 of 4 rows .* assistant_only_loss=True"):
+        model(**batch, labels=some)
+    with model.disable_adapter():
+        model(**batch, labels=everything)
 
 
 def test_targets_of_a_head_say_that_rows_are_whole_inputs():

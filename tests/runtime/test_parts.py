@@ -146,6 +146,7 @@ def test_forward_trains_as_a_call_does():
     batch |= {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
     batch["labels"][:, -1] = 3
     batch["labels"][:, :-1] = -100
+    batch["labels"][batch["attention_mask"].cumsum(1) == 1] = -100
     base, trained = model.get_base_model(), [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(base(**batch).loss, trained, allow_unused=True)
     got = torch.autograd.grad(base.forward(**batch).loss, trained, allow_unused=True)

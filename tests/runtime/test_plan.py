@@ -60,7 +60,7 @@ def test_the_model_is_walked_as_often_however_many_nodes_are_placed(times):
     compile_graph(rh.InterventionGraph(*nodes), model)  # looks at how the model runs, and remembers
     model.named_modules = counted
     assert len(compile_graph(rh.InterventionGraph(*nodes), model).nodes) == 3 * times
-    assert len(walks) == 3  # the model's structure, and twice the key under which it is remembered
+    assert len(walks) == 4  # the structure, twice the key under which it is remembered, and what is cut into parts
 
 
 # --- order ----------------------------------------------------------------------------------------------------

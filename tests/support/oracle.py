@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss import loss_utils
 
-from reftheads.reuse import facts
+from reftheads.reuse import frozen
+from support import rules
 
 Formula = Callable[[Tensor], Tensor]
 """Hidden states [tokens width] -> edited hidden states, for every token."""
@@ -24,14 +25,7 @@ Change = Callable[[Tensor, int], Tensor]
 
 def columns(rule: str, prompt: int, total: int) -> list[int]:
     """The columns that a rule means in a row of `total` tokens of which the first `prompt` are the prompt."""
-    everything = list(range(total))
-    if rule in ("all", "prompt", "generated"):
-        return {"all": everything, "prompt": everything[:prompt], "generated": everything[prompt:]}[rule]
-    terms, chosen = rule.split("+"), set()
-    for term in terms:
-        count = min(int(term[1:]), prompt // 2 if len(terms) == 2 else prompt)
-        chosen |= set(everything[:count] if term[0] == "f" else everything[prompt - count : prompt])
-    return sorted(chosen)
+    return rules.selected(rule, range(total), range(prompt))
 
 
 def at(rule: str, formula: Formula) -> Change:
@@ -117,6 +111,6 @@ def causal_loss(function: Any) -> Iterator[None]:
     """Within, causal language models have this loss, and it is taken for the usual one."""
     with (
         mock.patch.dict(loss_utils.LOSS_MAPPING, ForCausalLM=function),
-        mock.patch.object(facts, "ForCausalLMLoss", function),
+        mock.patch.object(frozen, "ForCausalLMLoss", function),
     ):
         yield

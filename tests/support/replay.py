@@ -153,7 +153,7 @@ def check_exact(model: rh.InterventionModel, batch: dict[str, Any], rtol: float 
     plain = step(model, batch)
     store = ActivationStore(2**30)
     with model.reusing(store) as used:
-        assert used(batch) is not None, used.eligibility.why_plain()
+        assert used(batch) is not None, used.why_plain()
         check(step(model, batch), plain, rtol)
         store.hits = store.misses = 0
         check(step(model, batch), plain, rtol)
