@@ -43,7 +43,7 @@ class Species:
 
 
 def everything() -> list[Species]:
-    """Return all entries of the census; a type is in the first group that lists it, but for the causal forms of encoders."""
+    """Return all entries of the census: a type is in the first group that lists it, and its causal form beside it."""
     entries: list[Species] = []
     pairs = getattr(mappings, GROUPS["encoder-decoder"][1])
     for group, (_, table) in GROUPS.items():
@@ -85,6 +85,9 @@ def configuration(species: Species) -> Any:
     config = tiny(species.model_type)
     if species.group == "causal" and hasattr(config, "is_decoder") and not config.is_encoder_decoder:
         config.is_decoder = True
+    names = getattr(mappings, GROUPS[species.group][1])[species.model_type]
+    if isinstance(names, list | tuple):  # which of several classes it is stands in the configuration
+        config.architectures = [names[0]]
     return config
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 import reftheads as rh
 from census.examining import Exam, Nothing, Stack, Wrong, distance
-from census.tracing import Place, Trace, flat, same
+from census.tracing import Place, Trace, covers, flat, same
 
 MIDDLE = 2
 """The token that is edited where one is."""
@@ -80,11 +80,17 @@ class Components:
 
     def entering(self, layer: int) -> Tensor:
         """Return what enters a block, by the trace."""
-        return _value(self.exam.record, self.stack.chain.into[layer])
+        return self._own(_value(self.exam.record, self.stack.chain.into[layer]))
+
+    def _own(self, h: Tensor) -> Tensor:
+        """Return a tensor without the padding that a model adds after the row by itself."""
+        tokens = len(self.exam.row)
+        longer = self.exam.subject.ids is not None and h.ndim == 3 and h.shape[0] == 1
+        return h[:, :tokens] if longer and tokens < h.shape[1] < 2 * tokens else h
 
     def leaving(self, layer: int) -> Tensor:
         """Return what leaves a block, by the trace."""
-        return _value(self.exam.record, self.stack.chain.out[layer])
+        return self._own(_value(self.exam.record, self.stack.chain.out[layer]))
 
     # --- the residual stream ---------------------------------------------------------------------------
 
@@ -93,11 +99,11 @@ class Components:
         chain = self.stack.chain
         for layer in range(len(chain.blocks)):
             read = self.read("block_output", layer)
-            if not same(read, self.leaving(layer)):
+            if not covers(self.leaving(layer), read):
                 raise Wrong(f"block_output[{layer}] is not what leaves {chain.blocks[layer]}")
             self.adds("block_output", layer, [chain.out[layer]])
         for layer in self.layers:
-            if not same(self.read("block_input", layer), self.entering(layer)):
+            if not covers(self.entering(layer), self.read("block_input", layer)):
                 raise Wrong(f"block_input[{layer}] is not what enters {chain.blocks[layer]}")
             self.adds("block_input", layer, [chain.into[layer]])
         beyond = len(self.exam.base.get_submodule(chain.path))
@@ -109,7 +115,7 @@ class Components:
 
     def embeddings(self) -> None:
         """Check `embedding_output`: what enters the first block."""
-        if not same(self.read("embedding_output", None), self.entering(0)):
+        if not covers(self.entering(0), self.read("embedding_output", None)):
             raise Wrong("embedding_output is not what enters the first block")
         self.adds("embedding_output", None, [self.stack.chain.into[0]])
 
@@ -215,8 +221,9 @@ class Components:
         pairs = []
         for path in dict.fromkeys(s.place.path for s in record.seen if s.place.path.startswith(f"{block}.")):
             into, out = record.values(path, "input"), record.values(path, "output")
-            if into and out and flat(into[0]).shape == shape == flat(out[0]).shape:
-                pairs.append((flat(into[0]), flat(out[0])))
+            if into and out:
+                pair = flat(self._own(into[0])), flat(self._own(out[0]))
+                pairs += [pair] if pair[0].shape == shape == pair[1].shape else []
         return pairs
 
     def _candidates(self, layer: int, like: Tensor) -> list[Tensor]:
@@ -232,7 +239,7 @@ class Components:
         outs = (s for s in outs if not any(_inside(s.place.path, path) for path in mlp))
         found: list[Tensor] = []
         for s in outs:
-            value = flat(s.value)
+            value = flat(self._own(s.value))
             if value.shape == like.shape and not any(torch.equal(value, other) for other in found):
                 found.append(value)
         return found
@@ -295,6 +302,7 @@ class Components:
             if s.place.side != "output" or not s.place.path.startswith(f"{block}."):
                 continue
             h = flat(s.value)
+            h = h[: target.shape[0]]
             if h.shape[0] == target.shape[0] and h.shape[1] >= target.shape[1]:
                 if all(bool((h == target[:, [c]]).all(0).any()) for c in range(target.shape[1])):
                     found.append(s.place)
@@ -442,11 +450,11 @@ class Components:
         if not outs:
             return False
         out = outs[0]
-        if same(out, value):
+        if covers(out, value):
             return True
         places = self.exam.record.places(out)
         after = [self.exam.record.values(p.path, "output") for p in places if p.side == "input"]
-        return any(same(h, value) for outs in after for h in outs)
+        return any(covers(h, value) for outs in after for h in outs)
 
     # --- reading by hand -----------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""One model under examination: its blocks as a trace shows them, the library's nodes on a copy, what came of a check."""
+"""One model under examination: its blocks as a trace shows them, nodes on a copy of it, what came of a check."""
 
 import copy
 import traceback

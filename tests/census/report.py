@@ -25,23 +25,23 @@ _TITLES = {
 
 _INTRODUCTION = """# Architectures
 
-A census over the model types of transformers {transformers} (torch {torch}): is the library right there, or does it refuse
-with a reason? `make census` examines them again and writes this page; it goes on where it was stopped.
+A census over the model types of transformers {transformers} (torch {torch}): is the library right there, or does it
+refuse with a reason? `make census` examines them again and writes this page; it goes on where it was stopped.
 
 {counts}
 
 A model of each type is built tiny, with random weights, in float64 where it computes in it, and examined by checks that
 know its modules from one pass with plain hooks rather than from the library:
 
-- an edit at every component of a block equals the same change made by a hook; what enters and leaves blocks, what attention
-  and MLP add to the residual stream, what queries, keys and values do to the heads are compared with their definitions;
+- an edit at every component of a block equals the same change made by a hook; what enters and leaves blocks, what
+  attention and MLP add to the residual stream, what queries, keys and values do to the heads, by their definitions;
 - `f1`, `l1`, `f2+l2` and `all` mean the same tokens in a ragged batch, padded left or right, with labels, and alone;
-- `generate` with a cache equals generating without, and what the model gives for the whole text with the edit made by hand;
+- `generate` with a cache equals generating without, and what the model gives for the whole text when edited by hand;
 - losses, gradients and `generate` within `model.reusing(store)` are those of the plain path;
-- LoRA equals merged weights, and what is saved and loaded gives the same; heads read what a hook sees; a dotted path acts.
+- LoRA equals merged weights; what is saved and loaded gives the same; heads read what a hook sees; a path acts.
 
-*Right* are all of these, where the library does not refuse. *Refused* means that blocks are refused; the dotted path of a
-module is what remains. The last column says what a model that is right refuses: a component that it does not have, or
+*Right* are all of these, where the library does not refuse. *Refused* means that blocks are refused; the dotted path of
+a module is what remains. The last column says what a model that is right refuses: a component that it does not have, or
 whose place or columns cannot be told.
 """
 

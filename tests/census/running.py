@@ -1,4 +1,4 @@
-"""Running the census: each model in a process of its own, the results as lines of JSON that a later run goes on from."""
+"""Running the census: each model in a process of its own, results as lines of JSON that a later run goes on from."""
 
 import faulthandler
 import json
@@ -8,15 +8,17 @@ import resource
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
 
+import reftheads as rh
 from census.building import Species, subject
 from census.components import COMPONENT_CHECKS, Components
-from census.examining import CRASH, NOTHING, REFUSED, RIGHT, WRONG, Exam, Nothing, Verdict, Wrong, judge
+from census.examining import CRASH, NOTHING, REFUSED, RIGHT, WRONG, Exam, Verdict, Wrong, judge
 from census.tracing import trace
 from census.uses import USE_CHECKS, Uses
 
@@ -38,18 +40,16 @@ def examine(species: Species) -> dict[str, Any]:
         components, uses = Components(exam, stack), Uses(exam, stack)
         prefix = f"{stack.role}: " if stack.role else ""
         for name, component in COMPONENT_CHECKS.items():
-            verdicts[prefix + name] = judge(lambda component=component: component(components))
+            verdicts[prefix + name] = judge(partial(component, components))
         for name, use in USE_CHECKS.items():
-            verdicts[prefix + name] = judge(lambda use=use: use(uses))
+            verdicts[prefix + name] = judge(partial(use, uses))
     if not exam.stacks:
-        verdicts["blocks"] = judge(lambda: _no_blocks(exam))
+        verdicts["blocks"] = judge(partial(_no_blocks, exam))
     return _row(species, start, verdicts, type(made.model).__name__)
 
 
 def _no_blocks(exam: Exam) -> None:
     """Raise what the library says of a layer of a model in which no blocks are seen."""
-    import reftheads as rh
-
     exam.model(rh.Node(rh.Collect(), 0, "block_output"))
     raise Wrong("blocks are addressed where none hands on to the next")
 
@@ -157,6 +157,3 @@ def verdict(row: Mapping[str, Any]) -> Verdict:
         if name.split(": ")[-1] in CORE and v.word == REFUSED:
             return Verdict(REFUSED, v.text)
     return Verdict(RIGHT)
-
-
-__all__ = ["Nothing", "apart", "census", "examine", "known", "prepare", "verdict"]

@@ -37,8 +37,8 @@ _all(
     64,
     """intermediate_size d_ff ffn_dim ffn_hidden_size dim_ff dff n_inner encoder_ffn_dim decoder_ffn_dim hidden_dim
     mlp_dim ff_dim feed_forward_size projector_hidden_size projection_hidden_dim dense_intermediate_size
-    projection_hidden_size intermediate_size_mlp speech_encoder_intermediate_size t2u_encoder_ffn_dim t2u_decoder_ffn_dim
-    projection_intermediate_size alignment_intermediate_size""",
+    projection_hidden_size intermediate_size_mlp speech_encoder_intermediate_size t2u_encoder_ffn_dim
+    t2u_decoder_ffn_dim     projection_intermediate_size alignment_intermediate_size""",
 )
 _all(
     24,
@@ -108,7 +108,18 @@ _NO_RANKS = {"num_key_value_heads": HEADS}
 _SHARED_KV = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
 _DOTS3 = {"swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS, "swa_q_lora_rank": 16}
 _DOTS3 |= {"swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8}
-_FOUR_SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+_FOUR_SECTIONS = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [1, 1, 2],
+        "partial_rotary_factor": 1.0,
+    }
+}
+_SECTIONED = (
+    "glm4v_text glm4v_moe_text glm_ocr_text qwen2_vl_text qwen2_5_vl_text qwen3_vl_text qwen3_vl_moe_text "
+    "qwen2_5_omni_text qwen3_omni_moe_text paddleocr_vl_text"
+).split()
 _STAGES = {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16, "window_size": 2, "patch_size": 2}
 
 TYPES: dict[str, dict[str, Any]] = {
@@ -145,7 +156,9 @@ TYPES: dict[str, dict[str, Any]] = {
     },
     "dots3_note_audio_encoder": {"adapter_input_size": WIDTH},
     "dots3_note_text": _NO_RANKS | _DOTS3,
-    "emu3": {"vocabulary_map": {"<image>": VOCAB - 1, "<|extra_200|>": VOCAB - 2, "<|visual token 000000|>": VOCAB - 3}},
+    "emu3": {
+        "vocabulary_map": {"<image>": VOCAB - 1, "<|extra_200|>": VOCAB - 2, "<|visual token 000000|>": VOCAB - 3}
+    },
     "esm": {"vocab_size": VOCAB, "mask_token_id": 5, "pad_token_id": 0},
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
@@ -261,6 +274,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 """Model type -> what differs from `SIZES`, also where the type is a part of another one."""
+TYPES |= {name: _FOUR_SECTIONS for name in _SECTIONED}
 
 
 def tiny(model_type: str, **more: Any) -> PretrainedConfig:

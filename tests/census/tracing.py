@@ -1,4 +1,4 @@
-"""What the modules of a model take and give in one pass, and changes made there by hand: it knows nothing of the library."""
+"""What modules take and give in one pass, and changes made there by hand: it knows nothing of the library."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -44,12 +44,19 @@ class Trace:
     def places(self, value: Tensor, within: str = "") -> list[Place]:
         """Return where a tensor of exactly these values passed, whatever its shape."""
         inside = (s for s in self.seen if not within or f"{s.place.path}.".startswith(f"{within}."))
-        return list(dict.fromkeys(s.place for s in inside if same(s.value, value)))
+        return list(dict.fromkeys(s.place for s in inside if covers(s.value, value)))
 
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors hold the same features of the same tokens."""
     return a.numel() == b.numel() and a.shape[-1] == b.shape[-1] and torch.equal(flat(a), flat(b))
+
+
+def covers(h: Tensor, value: Tensor) -> bool:
+    """Return whether a tensor holds these features, and at most padding that the model adds by itself after them."""
+    rows, wanted = flat(h), flat(value)
+    longer = wanted.shape[0] < rows.shape[0] < 2 * wanted.shape[0] and rows.shape[1] == wanted.shape[1]
+    return same(h, value) or longer and torch.equal(rows[: wanted.shape[0]], wanted)
 
 
 def flat(h: Tensor) -> Tensor:
@@ -167,23 +174,36 @@ def chains(model: nn.Module, record: Trace, tokens: Tensor | None = None) -> lis
         numbers = tuple(members[block] for block in blocks)
         if len(blocks) < 2 or list(numbers) != sorted(set(numbers)):
             continue
-        steps = [_through(record, block) for block in blocks]
-        if any(step is None for step in steps):
+        pairs = _handed_on(record, blocks)
+        if not pairs:
             continue
-        pairs = [step for step in steps if step is not None]
-        exact = all(same(a[1].value, b[0].value) for a, b in zip(pairs, pairs[1:], strict=False))
-        if len({(a.value.shape, b.value.shape) for a, b in pairs}) > 1:
+        exact = _exact(pairs)
+        if not exact and len({h.value.shape for pair in pairs for h in pair}) > 1:
             continue
         into, out = tuple(a.place for a, _ in pairs), tuple(b.place for _, b in pairs)
         found.append(Chain(path, blocks, numbers, exact, into, out))
     return sorted(found, key=lambda chain: record.calls.index(chain.blocks[0]))
 
 
-def _through(record: Trace, block: str) -> tuple[Seen, Seen] | None:
-    """Return the first tensor that enters a block and the first of its shape that leaves it."""
-    first = next((s for s in record.seen if (s.place.path, s.place.side) == (block, "input")), None)
-    if first is None:
-        return None
-    outs = (s for s in record.seen if (s.place.path, s.place.side) == (block, "output"))
-    last = next((s for s in outs if s.value.shape == first.value.shape), None)
-    return None if last is None else (first, last)
+def _exact(pairs: Sequence[tuple[Seen, Seen]]) -> bool:
+    """Return whether what leaves each block is what enters the next."""
+    return all(same(a[1].value, b[0].value) for a, b in zip(pairs, pairs[1:], strict=False))
+
+
+def _handed_on(record: Trace, blocks: Sequence[str]) -> list[tuple[Seen, Seen]]:
+    """Return of each block the first tensor that enters it, and what leaves it; empty where one has none.
+
+    What leaves it is the first of its outputs if that enters the next block, else the first of the shape that entered.
+    """
+    into, firsts, alikes = [], [], []
+    for block in blocks:
+        enters = [s for s in record.seen if (s.place.path, s.place.side) == (block, "input")]
+        leaves = [s for s in record.seen if (s.place.path, s.place.side) == (block, "output")]
+        if not enters or not leaves:
+            return []
+        alike = [s for s in leaves if s.value.shape == enters[0].value.shape]
+        into.append(enters[0])
+        firsts.append(leaves[0])
+        alikes.append((alike or leaves)[0])
+    pairs = list(zip(into, firsts, strict=True))
+    return pairs if _exact(pairs) else list(zip(into, alikes, strict=True))

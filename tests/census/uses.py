@@ -118,6 +118,7 @@ class Uses:
     def rows(self) -> None:
         """Check that a rule means the same tokens in a ragged batch, padded on either side."""
         for side, batch, tokens in self._batches():
+            self._runs(batch)
             for rule in RULES:
                 model = self.model(self.edit(rule))
                 changes = self.by_hand(model, [columns(rule, row) for row in tokens])
@@ -138,6 +139,8 @@ class Uses:
             raise Nothing("no rows of tokens")
         rows, seen = words(), 0
         for side, batch, tokens in self._batches():
+            for inputs in (batch, self.subject.batch([rows[-1]])):
+                self._runs(inputs)
             plain = self.exam.output(self.exam.base, batch)
             singles = [self.exam.output(self.exam.base, self.subject.batch([row])) for row in rows]
             if not self._same_rows(plain, singles, tokens):
@@ -246,7 +249,7 @@ class Uses:
             sequences, got = self._generate(model, batch)
             alone, without = self._generate(model, batch, use_cache=False)
             if cached_agrees:
-                self.exam.equal(got, without, f"{rule}: with a cache, against without,", 100)
+                self.exam.equal(got, without, f"{rule}: with a cache, against without,", 1000)
             if not forced_agrees:
                 if not cached_agrees:
                     raise Nothing("the model itself gives something else with a cache")
@@ -255,7 +258,7 @@ class Uses:
                 sequences, got = alone, without
             wanted = self._wanted(rule, batch, sequences)
             expected = self._forced(sequences, batch, self.by_hand(model, wanted))
-            self.exam.equal(got, expected, f"{rule}: generated, against by hand,", 100)
+            self.exam.equal(got, expected, f"{rule}: generated, against by hand,", 1000)
 
     def _wanted(self, rule: str, batch: dict[str, Tensor], sequences: Tensor) -> list[list[int]]:
         """Return the columns of a rule when rows were generated."""
@@ -268,9 +271,7 @@ class Uses:
     def _graph(self) -> list[rh.Node]:
         """Return an edit at the prompt's last token and a head above it."""
         last = self.stack.chain.numbers[-1]
-        head = rh.Node(
-            rh.LinearHead(3, target="y"), last, positions="l1", stack=self.stack.role, name="head"
-        )
+        head = rh.Node(rh.LinearHead(3, target="y"), last, positions="l1", stack=self.stack.role, name="head")
         return [self.edit("l1"), head]
 
     def reuse(self) -> None:
@@ -345,6 +346,8 @@ class Uses:
             weight = linear.weight if isinstance(getattr(linear, "weight", None), nn.Parameter) else None
             if weight is None or weight.ndim != 2:
                 raise Nothing(f"{component} is no linear map")
+            if sum(module._parameters.get("weight") is weight for module in merged.modules()) > 1:
+                raise Nothing("other blocks share the weight")
             target = weight.data.T if type(linear).__name__ == "Conv1D" else weight.data
             target[address.index] += product * (2 / 2)
             self.exam.equal(self.exam.output(model), self.exam.output(merged), f"LoRA at {component}", 10)
