@@ -235,8 +235,8 @@ def _locate_in_block(structure: Structure, info: StackInfo, site: Site, layer: i
     block = model.get_submodule(path)
     residual = _residual_width(model, info)
 
-    def at(module: str, side: Side, width: int, columns: Columns = None) -> Address:
-        order = (layer, BLOCK_COMPONENTS.index(component))
+    def at(module: str, side: Side, width: int, columns: Columns = None, step: str = component) -> Address:
+        order = (layer, BLOCK_COMPONENTS.index(step))
         return Address(site, join(path, module), side, width, columns, info.path, order)
 
     if component in ("block_input", "block_output"):
@@ -266,7 +266,10 @@ def _locate_in_block(structure: Structure, info: StackInfo, site: Site, layer: i
         site = replace(site, head=head)
     whole = width_of(block.get_submodule(heads.module), heads.side)
     columns = heads.columns(whole, site.head)
-    return at(heads.module, heads.side, len(columns) if columns is not None else whole or 0, columns)
+    width = len(columns) if columns is not None else whole or 0
+    queries = heads_of(block, owner, out, "query_output", where, _model_type(model)).module
+    # a fused projection gives all three at once
+    return at(heads.module, heads.side, width, columns, "query_output" if heads.module == queries else component)
 
 
 # --- module paths ----------------------------------------------------------------------------------------
