@@ -19,6 +19,7 @@ from reftheads.architectures.blocks import (
     ATTENDS,
     UP,
     Columns,
+    HeadSite,
     added_by,
     attention_norm,
     attention_of,
@@ -31,6 +32,7 @@ from reftheads.architectures.blocks import (
     reads_other_stack,
     width_of,
 )
+from reftheads.architectures.fused import heads_changed
 from reftheads.architectures.paths import ancestors_of, first_child, join, leaf, own_modules, parent, submodule, within
 from reftheads.architectures.probe import ROWS, TOKENS, Observation
 from reftheads.architectures.structure import StackInfo, Structure
@@ -261,6 +263,9 @@ def _locate_in_block(structure: Structure, info: StackInfo, site: Site, layer: i
     if component == "attention_output":
         return at(attention_norm(block) or out, "output", residual)
     heads = heads_of(block, owner, out, component, where, _model_type(model))
+    if component != "head_output":
+        outputs = heads_of(block, owner, out, "head_output", where, _model_type(model))
+        _check_order_of_heads(structure, info, path, heads, outputs, where)
     if site.head is not None:
         head = index_in_range(site.head, len(heads.heads), "head", f"{component} of {_name(model)}")
         site = replace(site, head=head)
@@ -270,6 +275,24 @@ def _locate_in_block(structure: Structure, info: StackInfo, site: Site, layer: i
     queries = heads_of(block, owner, out, "query_output", where, _model_type(model)).module
     # a fused projection gives all three at once
     return at(heads.module, heads.side, width, columns, "query_output" if heads.module == queries else component)
+
+
+def _check_order_of_heads(
+    structure: Structure, info: StackInfo, block: str, heads: HeadSite, outputs: HeadSite, where: str
+) -> None:
+    """Raise `ValueError` if features of the first head of a fused projection change what other heads give."""
+    seen = structure.seen(info)
+    if seen is None or not heads.fused:
+        return
+    paths = join(block, heads.module), join(block, outputs.module)
+    changed = heads_changed(structure.model, seen.part, paths[0], heads.heads[0], paths[1])
+    group = len(outputs.heads) // len(heads.heads)
+    own = {column for features in outputs.heads[:group] for column in features}
+    if changed is not None and (not changed or changed - own):
+        raise ValueError(
+            f"{where}: the order of queries, keys and values in {heads.module!r} is not a known one, since a change of "
+            f"{len(heads.heads[0])} features changes {len(changed)} of {outputs.module!r}'s: use a module path"
+        )
 
 
 # --- module paths ----------------------------------------------------------------------------------------

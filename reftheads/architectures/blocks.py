@@ -40,11 +40,13 @@ class HeadSite:
         module: path in the block.
         side: of that module.
         heads: of each head, the features of the module that are its own, in their order.
+        fused: whether the module gives queries, keys and values.
     """
 
     module: str
     side: Side
     heads: tuple[range, ...]
+    fused: bool = False
 
     def columns(self, width: int | None, head: int | None) -> Columns:
         """Return the features of one head or of all; `None` if they are all of a module so wide."""
@@ -128,7 +130,8 @@ def heads_of(block: nn.Module, path: str, out: str, component: str, where: str, 
     else:
         by_head = model_type == "gpt_bigcode" and not getattr(owner, "multi_query", True)
         order, groups = (0, 1, 2), kv_count if fused in _INTERLEAVED or by_head else 1
-    return HeadSite(projections[0], "output", _of_fused(which, order, groups, count // groups, kv_count // groups, dim))
+    heads = _of_fused(which, order, groups, count // groups, kv_count // groups, dim)
+    return HeadSite(projections[0], "output", heads, fused=True)
 
 
 def _of_fused(which: int, order: tuple[int, ...], groups: int, queries: int, keys: int, dim: int) -> tuple[range, ...]:

@@ -217,8 +217,8 @@ def test_widths_and_the_order_of_execution_are_those_of_the_tensors(name: str) -
     components = [c for c in BLOCK_COMPONENTS if c != "mlp_activation" or case.down]
     calls: list[str] = []
     handles = []
-    for component in components:
-        address = find(name, component)
+    addresses = {component: find(name, component) for component in components}
+    for component, address in addresses.items():
 
         def touch(h: Tensor, _entered: Any, component: str = component, address: Address = address) -> None:
             calls.append(component)
@@ -716,6 +716,20 @@ def test_a_block_without_its_halves_is_the_identity(model_type: str) -> None:
         else (lambda h: h)
     )
     torch.testing.assert_close(seen["block_output"], norm(seen["block_input"]))
+
+
+def test_an_order_of_heads_that_is_not_the_one_of_the_name_is_refused() -> None:
+    """MiniMax's lightning attention has each head's query, key and value side by side, then a norm over all heads."""
+    config = tf.MiniMaxConfig(
+        **GQA, num_local_experts=2, num_experts_per_tok=1, block_size=4,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+    )  # fmt: skip
+    model = tiny(config)
+    assert locate(model, Site(1, "query_output", head=1)).width == 8
+    with pytest.raises(
+        ValueError, match="order of queries, keys and values in 'self_attn.qkv_proj' is not a known one"
+    ):
+        locate(model, Site(0, "query_output"))
 
 
 def test_a_second_mlp_beside_the_experts_is_refused() -> None:

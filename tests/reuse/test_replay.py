@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("loss_in_float64")
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_decoder_has_the_plain_gradients_and_leaves_the_prefixes_out(name: str) -> None:
     model, batch = intervened(base_of(name), loreft(-2), loreft(-1)), usual_batch()
-    plain = check_exact(model, batch)
+    plain = check_exact(model, batch, 1e-5 if name == "codegen" else 1e-10)  # it attends in float32
     assert all(float(g.norm()) > 1e-4 for g in plain.gradients.values()) and len(plain.gradients) == 6
     with model.reusing(ActivationStore(2**30)):
         step(model, batch)
