@@ -272,9 +272,8 @@ def _locate_in_block(structure: Structure, info: StackInfo, site: Site, layer: i
     whole = width_of(block.get_submodule(heads.module), heads.side)
     columns = heads.columns(whole, site.head)
     width = len(columns) if columns is not None else whole or 0
-    queries = heads_of(block, owner, out, "query_output", where, _model_type(model)).module
-    # a fused projection gives all three at once
-    return at(heads.module, heads.side, width, columns, "query_output" if heads.module == queries else component)
+    step = "query_output" if heads.fused else component  # a fused projection gives all three at once
+    return at(heads.module, heads.side, width, columns, step)
 
 
 def _check_order_of_heads(
