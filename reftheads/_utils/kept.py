@@ -5,26 +5,26 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+
 @contextmanager
 def nothing_kept(model: nn.Module) -> Iterator[list[str]]:
-    """Give modules back what they had as attributes and buffers when the block began.
+    """Take from modules the tensors that they keep as plain attributes when they have run in the block.
+
+    Models for images and text keep `rope_deltas` so, for the steps of `generate` that go on from a pass.
 
     Yields:
-        A list that holds, after the block, the names of the tensors that modules would have kept, such as the
-        `rope_deltas` of models for images and text.
+        A list that holds, after the block, the names of such attributes.
     """
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    before = [(module, dict(vars(module))) for module in model.modules()]
     kept: list[str] = []
     try:
         yield kept
     finally:
-        for module, attributes, buffers in before:
-            for name in vars(module).keys() - attributes.keys():
-                kept += [name] if isinstance(vars(module)[name], Tensor) else []
-                del vars(module)[name]
-            for name, value in attributes.items():
-                if vars(module).get(name) is not value:
-                    kept += [name] if isinstance(vars(module).get(name), Tensor) else []
-                    vars(module)[name] = value
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for module, attributes in before:
+            new = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+            for name in [name for name, value in new.items() if attributes.get(name) is not value]:
+                kept.append(name)
+                if name in attributes:
+                    vars(module)[name] = attributes[name]
+                else:
+                    del vars(module)[name]
