@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from reftheads._utils.lazy import cached
 from reftheads.architectures.paths import arguments, own_modules
 from reftheads.reuse.cone import Cone
 from reftheads.reuse.facts import Facts
@@ -35,6 +34,7 @@ class Eligibility:
         self._modules = list(own_modules(facts.base))
         self._random = [place for _, module in self._modules for place in _random_settings(module)]
         self._batch_norms = [m for _, m in self._modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._answers: dict[Callable[[Facts], Any], Any] = {}
         self._hands_on = bool(HANDED_ON & set(arguments(facts.blocks[0])))
         self._chooses_keys = any("Indexer" in type(module).__name__ for module in facts.stack.modules())
 
@@ -107,7 +107,7 @@ class Eligibility:
             return "every token sees all the others"
         if _recurrent(getattr(self.facts.stack, "config", None)):
             return "blocks carry a recurrent state"
-        return None if self._keeps_pieces else "blocks do not keep keys and values of one shape"
+        return None if self._answer(keeps_pieces) else "blocks do not keep keys and values of one shape"
 
     def why_no_layers(self, cone: Cone) -> str | None:
         """Return why the blocks below the first edit run in every step."""
@@ -125,30 +125,28 @@ class Eligibility:
     def _sees_earlier_alone(self) -> bool:
         return self.facts.causal and not self.facts.seq2seq
 
-    @cached
-    def _keeps_pieces(self) -> bool:
-        return keeps_pieces(self.facts)
+    def _answer(self, question: Callable[[Facts], Any]) -> Any:
+        """Return what a small pass answers. One that fails, by a hook of somebody else perhaps, is asked again."""
+        if self._answers.get(question) is None:
+            self._answers[question] = question(self.facts)
+        return self._answers[question]
 
     @property
     def lm_head(self) -> nn.Module | None:
         """Return the vocabulary projection of a causal language model whose loss is the usual one."""
         base: Any = self.facts.base
         generates = self.facts.layer.kind.generative and not self.facts.seq2seq
-        usual = generates and has_usual_loss(base) and self._shifts_labels
+        usual = generates and has_usual_loss(base) and self._answer(shifts_labels)
         return base.get_output_embeddings() if usual else None
-
-    @cached
-    def _shifts_labels(self) -> bool:
-        return shifts_labels(self.facts)
 
     def as_block_output(self, h: Tensor) -> Any:
         """Return what a block gives whose hidden state is `h`; whatever it gives beside that is missing."""
         output = self._block_output
         return h if isinstance(output, Tensor) else type(output)([h, *[None] * (len(output) - 1)])
 
-    @cached
+    @property
     def _block_output(self) -> Any:
-        return output_of_block(self.facts)
+        return self._answer(output_of_block)
 
     @property
     def _gives_hidden_state(self) -> bool:

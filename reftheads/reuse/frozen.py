@@ -91,15 +91,15 @@ def inputs_of(facts: Facts, ids: Int[Tensor, "rows computed"], layout: Layout) -
     return inputs
 
 
-def keeps_pieces(facts: Facts) -> bool:
-    """Return whether all blocks keep keys and values of one shape for a token, as one token shows."""
+def keeps_pieces(facts: Facts) -> bool | None:
+    """Return whether all blocks keep keys and values of one shape for a token; `None` if a pass over one token fails."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=facts.device)
     cache = cache_of([[]], 0, 1, len(facts.blocks))
     try:
         run_frozen(facts, Capture({FILLED}), {}, inputs_of(facts, ids, Layout.behind([0], [1], [0])), cache)
         pieces_of(cache, 0, [1], 0)
     except Exception:  # whatever a cache of another kind makes of this one
-        return False
+        return None
     return True
 
 
@@ -126,8 +126,8 @@ def has_usual_loss(base: nn.Module) -> bool:
     return getattr(base, "loss_function", None) is ForCausalLMLoss
 
 
-def shifts_labels(facts: Facts) -> bool:
-    """Return whether a model's loss is that which its function makes of the next tokens, as a few tokens show."""
+def shifts_labels(facts: Facts) -> bool | None:
+    """Return whether a model's loss is that which its function makes of the next tokens; `None` if it has none."""
     base: Any = facts.base
     ids = torch.arange(4, device=facts.device)[None] % base.get_output_embeddings().weight.shape[0]
     labels = ids.masked_fill(ids == 1, IGNORE)
@@ -137,7 +137,7 @@ def shifts_labels(facts: Facts) -> bool:
             output = base(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, **options)
             usual = base.loss_function(output.logits, labels, output.logits.shape[-1], **options)
     except Exception:  # a model that is fed more than tokens
-        return False
+        return None
     return bool(torch.isclose(output.loss.double(), usual.double(), rtol=1e-3))
 
 
