@@ -90,11 +90,17 @@ def as_seen(structure: Structure, info: StackInfo | None, address: Address) -> A
             f"the {where} is no tensor of one shape: nodes need [rows, columns, width]. Use another module's path"
         )
     of_text = of_blocks.of_text if of_blocks is not None else observation.of_text
-    form = _form(shape, of_text, of_blocks is None or of_blocks.by_token)
+    around = [of_blocks] if of_blocks is not None else [observation.lists.get(a) for a in ancestors_of(path)]
+    form = _form(shape, of_text, any(members is not None and members.by_token for members in around))
     if form is None:
         raise ValueError(
             f"the {where} has the shape {list(shape)} for {ROWS} rows of {TOKENS} tokens, whose columns are not these "
             "tokens: use another module's path"
+        )
+    if seen.calls > 1 and of_blocks is not None and not address.site.is_path:
+        raise ValueError(
+            f"{path!r} runs {seen.calls} times in one pass of {name_of(structure.model)}, so that it has several "
+            f"{address.site.component}s: its dotted path edits all of them"
         )
     width = shape[-1] if address.columns is None else address.width
     return replace(address, width=width, form=form)

@@ -53,7 +53,7 @@ class ListSeen:
         by_token: whether what enters the first of them has a column for each token, in their order, and perhaps more.
         of_text: whether the pass was one over tokens.
         part: path of the module that was run.
-        norm: path of the first norm that is given what the last member returns, if there is one.
+        norm: path of the first norm beside or above the list that is given what the last member returns.
     """
 
     order: list[int] = field(default_factory=list)
@@ -168,7 +168,9 @@ def _key(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     settings = config.to_json_string() if hasattr(config, "to_json_string") else id(model)
     implementation = getattr(config, "_attn_implementation", None)
-    return type(model), settings, implementation, hash(tuple((path, type(m)) for path, m in own_modules(model)))
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    kind = None if weight is None else (weight.dtype, weight.device.type)
+    return type(model), settings, implementation, kind, hash(tuple((path, type(m)) for path, m in own_modules(model)))
 
 
 def _unreached(model: nn.Module, observation: Observation) -> list[str]:
@@ -249,7 +251,7 @@ class _Watching:
         """Note a norm that is given what the last member of a list has returned."""
         for of_list, left in self._left.items():
             seen = self.observation.lists[of_list]
-            done = seen.order[-1] == self.lists[of_list] - 1 and not within(path, of_list)
+            done = seen.order[-1] == self.lists[of_list] - 1 and within(of_list, parent(path))
             if done and seen.norm is None and left is not None and same(left, entered):
                 seen.norm = path
 

@@ -79,6 +79,8 @@ class Eligibility:
         embeddings: Any = getattr(facts.base, "get_input_embeddings", lambda: None)()  # type: ignore[operator]
         if getattr(embeddings, "neftune_noise_alpha", None) and embeddings.training:
             return "embeddings get noise in training mode (neftune_noise_alpha)"
+        if getattr(getattr(facts.base, "config", None), "expert_capacity", None) is not None:
+            return "tokens compete for places in experts (expert_capacity), so that a row depends on those beside it"
         if getattr(getattr(facts.base, "config", None), "output_router_logits", False):
             return "the loss of a router looks at every token in every block"
         return None

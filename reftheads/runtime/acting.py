@@ -72,6 +72,11 @@ def touch(run: Run, place: HookKey, h: Tensor, x: Tensor) -> Tensor | None:
     nodes = run.acting[place]
     form = nodes[0].planned.address.form
     rows = _in_rows(run, place, form, h)
+    if run.shape is not None and rows.shape[:2] != run.shape and not nodes[0].planned.sees_other_tokens:
+        raise ValueError(
+            f"{place[0]!r} works on {tuple(rows.shape[:2])} rows and columns where the input has {run.shape}: they are "
+            "not the input's, so that no position has a meaning there"
+        )
     entered = rows if x is h else _in_rows(run, place, form, x) if any(map(_needs_what_entered, nodes)) else x
     if torch.is_autocast_enabled(h.device.type):  # nodes compute in a type of their own
         with torch.autocast(h.device.type, enabled=False):

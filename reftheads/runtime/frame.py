@@ -14,6 +14,7 @@ from reftheads.graph.intervention import IGNORE
 from reftheads.graph.positions import Positions
 from reftheads.runtime.passes import Frame
 from reftheads.runtime.scope import Call
+from reftheads.runtime.traces import cache_in, length_of
 
 if TYPE_CHECKING:
     from jaxtyping import Bool
@@ -61,10 +62,9 @@ def frame_of(
     Raises:
         ValueError: a rule about prompts and nothing that says where they end, or labels from a row's first token on,
             while a language model is trained; rows that hold several sequences; a mask that does not show which
-            columns are tokens.
+            columns are tokens; a state that does not say how many tokens it has seen.
     """
-    cache = inputs.get("past_key_values")
-    past = cache.get_seq_length() if cache is not None else 0
+    past = _past(call, inputs, shape, rules)
     past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on in place
     mask, ids = _mask_and_ids(kind, stack, call, inputs, shape, past)
     flat = mask if _is_flat(mask) else None
@@ -94,6 +94,30 @@ def frame_of(
                 "labels with -100 on the prompt, or prompt_mask, or use positions='all'; or call model.eval()"
             )
     return Frame(past, flat, prompt, ids)
+
+
+def _past(
+    call: Call, inputs: Mapping[str, Any], shape: tuple[int, int] | None, rules: Sequence[Positions]
+) -> int | Tensor:
+    """Return how many columns lie before a pass; a recurrent state does not say, but a text or a mask may.
+
+    Raises:
+        ValueError: a rule that counts tokens, after a state of which that is not known.
+    """
+    past, mask = length_of(cache_in(inputs)), inputs.get("attention_mask")
+    if past is not None or shape is None:
+        return 0 if past is None else past
+    if call.generation is not None and call.continues is call.generation.main and call.generation.written is not None:
+        return call.generation.written.shape[1] - shape[1]
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > shape[1]:
+        return mask.shape[1] - shape[1]
+    rule = next((rule for rule in rules if rule.needs_prompt or rule.rule is not None), None)
+    if rule is not None:
+        raise ValueError(
+            f"positions {str(rule)!r} count tokens, and the state that this pass goes on with does not say how many "
+            "came before: pass an attention_mask over all tokens, the whole text without a state, or use generate"
+        )
+    return 0
 
 
 def _mask_and_ids(

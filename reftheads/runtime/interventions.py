@@ -13,7 +13,7 @@ edits. The module itself knows nothing of any call; see `scope`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -35,7 +35,7 @@ from reftheads.runtime.passes import HookKey, NodeKey, Prompt, Run, by_name, by_
 from reftheads.runtime.plan import Plan
 from reftheads.runtime.roster import acting_on, nodes_of
 from reftheads.runtime.scope import Call, call_of, change_from_here, entering, scope_of
-from reftheads.runtime.traces import leave_trace, refuse_other_edits, trace_of
+from reftheads.runtime.traces import cache_in, leave_trace, length_of, refuse_other_edits, trace_of
 
 RUN = "interventions_run"  # the argument by which a base model, or a stack, is handed the run of a pass
 
@@ -212,11 +212,11 @@ class Interventions(nn.Module, BaseTunerLayer):
             del call.runs[stack.path]
             call.readings.update(run.readings)
         if stack.causal and not torch.compiler.is_compiling():
-            leave_trace(run, getattr(output, "past_key_values", None))
+            leave_trace(run, cache_in(output) if isinstance(output, Mapping) else None)
         return output
 
     def _new_run(self, stack: StackInfo, call: Call, args: tuple, kwargs: dict[str, Any]) -> Run | None:
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if (
             stack.causal
             and _behind_prompts(call, cache)
@@ -302,7 +302,7 @@ def _behind_prompts(call: Call, cache: Any) -> bool:
     """Return whether a pass of `generate` lies behind all prompts, as most steps do."""
     if call.continues is None or call.continues.prompt is None or cache is None:
         return False
-    past = cache.get_seq_length()
+    past = length_of(cache)
     return isinstance(past, int) and past >= call.continues.prompt.shape[1]
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from reftheads.graph.intervention import Params
 from reftheads.runtime.node_module import NodeModule
 from reftheads.runtime.passes import Prompt
-from reftheads.runtime.traces import length_of, trace_of
+from reftheads.runtime.traces import cache_in, length_of, trace_of
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
@@ -110,7 +110,7 @@ class Generation:
         """Return what a pass through an encoder and a decoder continues; a prompt mask is the encoder's."""
         names = {name.removeprefix("decoder_"): name for name in inputs if name.startswith("decoder_")}
         fed = {name: inputs[long] for name, long in names.items()}
-        prompt = self.prompt_of({**fed, "past_key_values": inputs.get("past_key_values")})
+        prompt = self.prompt_of({**fed, "past_key_values": cache_in(inputs)})
         ids = inputs.get("input_ids")
         if ids is not None and self.encoder_ids is not None and torch.equal(ids, self.encoder_ids):
             prompt.encoder_prompt = self.main.encoder_prompt
@@ -123,11 +123,11 @@ class Generation:
             inputs: of the stack that generates, by the names of a decoder-only model.
             prompt_mask: that the pass itself was given.
         """
-        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        cache, mask = cache_in(inputs), inputs.get("attention_mask")
         ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
         tokens = ids if ids is not None else embeddings
         past = length_of(cache)
-        if tokens is None or self.main.prompt is None:
+        if tokens is None or past is None or self.main.prompt is None:
             return Prompt(self.main.real, None)
         flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         real = self._real(ids, flat, (tokens.shape[0], past + tokens.shape[1]), tokens.device)

@@ -24,6 +24,7 @@ from reftheads.runtime.passes import Acting, Frame, NodeKey, Prompt, Run, SideBy
 if TYPE_CHECKING:
     from jaxtyping import Bool
 
+CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 ATTRIBUTE = "interventions_trace"  # of a cache
 
 Acted = Mapping[NodeKey, tuple[Positions, Tensor | None]]
@@ -69,9 +70,21 @@ class Trace:
             yield None if number is None else self.spans[number], stretch[0], stretch[-1] + 1
 
 
-def length_of(cache: Any) -> Any:
-    """Return how many columns a cache holds; of a static one, as a tensor."""
-    return cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+def cache_in(values: Mapping[str, Any]) -> Any:
+    """Return what of these arguments, or of this output, says how an earlier pass ended; `None` if nothing does."""
+    return next((values[name] for name in CACHES if values.get(name) is not None), None)
+
+
+def length_of(cache: Any) -> int | Tensor | None:
+    """Return how many columns a cache holds: of a static one, as a tensor; `None` of a state that does not say."""
+    if cache is None:
+        return 0
+    if not hasattr(cache, "get_seq_length"):
+        return None
+    try:
+        return cache.get_seq_length()
+    except ValueError:  # all its layers are recurrent
+        return None if cache.has_previous_state() else 0
 
 
 def trace_of(cache: Any) -> Trace | None:
@@ -98,6 +111,8 @@ def refuse_other_edits(run: Run, cache: Any, text: Tensor | None) -> None:
         run: the pass that goes on with the cache.
         text: the tokens of all columns, where they are known.
     """
+    if not isinstance(cache, Cache):
+        return
     trace = trace_of(cache) or Trace()
     if trace.continues is not None and trace.continues is run.continues:
         return

@@ -161,3 +161,36 @@ def test_a_path_acts_where_no_blocks_are_recognised() -> None:
         with model.disable_adapter():
             attach(base.ffns[0].lin2, "output", lambda h, _: torch.cat([h[:, :-1], h[:, -1:] + v], 1))
             torch.testing.assert_close(edit, model(input_ids=ids).last_hidden_state)
+
+
+RECURRENT = {
+    "mamba": lambda: tf.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4),
+    "mamba2": lambda: tf.Mamba2Config(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4, num_heads=4, head_dim=8, n_groups=1
+    ),
+    "rwkv": lambda: tf.RwkvConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, context_length=64),
+}
+
+
+@pytest.mark.parametrize("positions", ["f1", "l1", "prompt", "generated", "all"])
+@pytest.mark.parametrize("model_type", RECURRENT)
+def test_a_recurrent_state_counts_tokens_as_a_cache_does(model_type: str, positions: str) -> None:
+    torch.manual_seed(0)
+    base = tf.AutoModelForCausalLM.from_config(RECURRENT[model_type]()).eval()
+    model = edited(base, layer=0, positions=positions)
+    prompt = torch.arange(5, 11)[None]
+    options = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    out = model.generate(input_ids=prompt, return_dict_in_generate=True, output_logits=True, **options)
+    with torch.no_grad():
+        mask = torch.arange(out.sequences.shape[1])[None] < 6
+        whole = model(input_ids=out.sequences, prompt_mask=mask).logits[0, 5:-1]
+    torch.testing.assert_close(torch.cat(out.logits), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_a_state_that_does_not_say_where_it_stands_is_refused_for_rules_that_count() -> None:
+    torch.manual_seed(0)
+    model = edited(tf.AutoModelForCausalLM.from_config(RECURRENT["mamba"]()).eval(), layer=0, positions="f1")
+    with torch.no_grad():
+        state = model(input_ids=torch.arange(5, 9)[None], use_cache=True).cache_params
+        with pytest.raises(ValueError, match="does not say how many came before"):
+            model(input_ids=torch.tensor([[9]]), cache_params=state)
