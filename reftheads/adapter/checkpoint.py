@@ -17,7 +17,6 @@ from reftheads.adapter.config import InterventionConfig
 from reftheads.adapter.embeddings import embeddings_of, tell_of_trained_base, with_embeddings
 from reftheads.adapter.files import (
     CARD,
-    CHILD,
     CONFIG,
     WEIGHTS,
     check_adapter_name,
@@ -27,6 +26,7 @@ from reftheads.adapter.files import (
 )
 from reftheads.adapter.fit import check_file
 from reftheads.adapter.tuner import InterventionTuner
+from reftheads.architectures.paths import CHILD
 from reftheads.runtime.plan import compile_graph
 
 if TYPE_CHECKING:

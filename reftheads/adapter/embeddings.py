@@ -9,7 +9,7 @@ import huggingface_hub
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from reftheads.adapter.files import CHILD
+from reftheads.architectures.paths import CHILD
 
 
 def embeddings_of(base: Any) -> dict[str, Tensor]:

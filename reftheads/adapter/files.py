@@ -22,7 +22,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"  # which is never read
 CARD = "README.md"
-CHILD = "interventions"  # of a base model: under its name lie the nodes' parameters, in weights as well
 
 _LARGEST = 2**26  # bytes of a configuration
 _CHECKSUM, _GRAPH = "reftheads checksum", "reftheads graph"  # in the metadata of weights

@@ -11,7 +11,8 @@ from reftheads._utils.memory import free_bytes
 from reftheads._utils.random_numbers import same_random_numbers
 from reftheads._utils.showing import shown
 from reftheads.adapter.embeddings import embeddings_of
-from reftheads.adapter.files import CHILD, read_weights
+from reftheads.adapter.files import read_weights
+from reftheads.architectures.paths import CHILD
 from reftheads.runtime.node_module import NodeModule
 from reftheads.runtime.plan import Plan, PlannedNode
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from reftheads._utils.deprecation import renamed
 from reftheads.adapter.config import InterventionConfig
-from reftheads.adapter.files import CHILD, check_adapter_name
+from reftheads.adapter.files import check_adapter_name
 from reftheads.adapter.fit import check_beside, check_memory, check_nodes, split
+from reftheads.architectures.paths import CHILD
 from reftheads.graph.graph import render
 from reftheads.runtime.generate import record_prompts
 from reftheads.runtime.interventions import Interventions

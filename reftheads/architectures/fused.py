@@ -52,7 +52,7 @@ def _heads_changed(
         def begin(_: Inputs) -> None:
             del entered[count:]
 
-        return run(model.get_submodule(part), ids, ids.flip(0), begin) and len(entered) == count + 1
+        return run(model, part, ids, ids.flip(0), begin) and len(entered) == count + 1
 
     seen = model.get_submodule(out).register_forward_pre_hook(note)
     try:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+CHILD = "interventions"  # of a base model: under its name lie the nodes' parameters, in weights as well
+
 
 def within(path: str, ancestor: str) -> bool:
     """Return whether a module is another one or lies in it; the path of the model itself is ""."""
@@ -54,7 +56,7 @@ def first_child(module: nn.Module, names: Iterable[str]) -> str | None:
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of a model with their paths, without the parameters of a graph that was compiled into it."""
     for path, module in model.named_modules():
-        if path.split(".")[0] != "interventions":
+        if path.split(".")[0] != CHILD:
             yield path, module
 
 

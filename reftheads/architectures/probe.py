@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reftheads._utils.eval_mode import evaluating
 from reftheads._utils.random_numbers import same_random_numbers
-from reftheads.architectures.paths import arguments, leaf, own_modules, parent, within
+from reftheads.architectures.paths import CHILD, arguments, leaf, own_modules, parent, within
 from reftheads.architectures.sample import Inputs, samples
 
 if TYPE_CHECKING:
@@ -131,21 +131,24 @@ def rows_apart() -> tuple[Int[Tensor, "rows tokens"], Int[Tensor, "rows tokens"]
 
 def run(
     model: nn.Module,
+    part: str,
     ids: Int[Tensor, "rows tokens"],
     answer: Int[Tensor, "rows tokens"],
     begin: Callable[[Inputs], None],
 ) -> bool:
-    """Run a model on the first of the samples that it takes, and return whether there was one.
+    """Run a part of a model on the first of the samples that it takes, and return whether there was one.
 
     Args:
         begin: called with the sample before every attempt.
     """
-    with torch.no_grad(), evaluating(model), _as_packed(model), same_random_numbers():
+    module = model.get_submodule(part)
+    silent = getattr(getattr(model, CHILD, None), "silent", nullcontext)  # what acts already is not the model's own
+    with torch.no_grad(), evaluating(model), _as_packed(model), same_random_numbers(), silent():
         torch.manual_seed(0)
-        for inputs in samples(model, ids, answer):
+        for inputs in samples(module, ids, answer):
             begin(inputs)
             with suppress(Exception):  # whatever it does not like about the sample
-                model(**inputs)
+                module(**inputs)
                 return True
     return False
 
@@ -190,7 +193,7 @@ def _watch(model: nn.Module, part: str, observation: Observation) -> None:
     module = model.get_submodule(part)
     watching = _Watching(model, part)
     with watching.hooks(module):
-        finished = run(module, *rows_apart(), begin=watching.begin)
+        finished = run(model, part, *rows_apart(), begin=watching.begin)
     if not finished:
         return
     observation.modules |= watching.observation.modules
@@ -281,7 +284,8 @@ def same(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors have the same values."""
     if one is other:
         return True
-    return one.shape == other.shape and torch.equal(one, other.to(one.device))
+    other = other.to(one.device)
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def _columns_apart(h: Tensor) -> list[list[int]]:

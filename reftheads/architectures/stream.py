@@ -57,7 +57,7 @@ def _watch(model: nn.Module, part: str, blocks: Sequence[str]) -> dict[str, tupl
             for block in watched.values():
                 block.begin()
 
-        run(model.get_submodule(part), ids, ids.flip(0), begin)
+        run(model, part, ids, ids.flip(0), begin)
     return {path: block.steps for path, block in watched.items() if block.calls == 1}
 
 

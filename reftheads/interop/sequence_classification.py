@@ -15,8 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from reftheads._utils.eval_mode import evaluating
 from reftheads.adapter.model import InterventionModel
-from reftheads.adapter.tuner import CHILD
-from reftheads.architectures.paths import within
+from reftheads.architectures.paths import CHILD, within
 from reftheads.architectures.structure import stacks
 from reftheads.graph.graph import InterventionGraph
 from reftheads.graph.intervention import Edit

@@ -39,6 +39,7 @@ class Comparison:
         self.adapters = tuple(adapters)
         self.every = cone
         self.bound = max((planned.node.positions.bound or 0 for planned in cone.nodes), default=0)
+        self.failed = False  # on the plain path, such as by a hook of somebody else: it shows nothing that lasts
 
     @cached
     def cone(self) -> Cone:
@@ -47,7 +48,7 @@ class Comparison:
             first = self._difference(self.every)
             if first is None:
                 return self.every
-            for prefix, layers in ((first, None), (None, first), (first, first)):
+            for prefix, layers in ((first, None), (None, first), (first, first)) if not self.failed else ():
                 part = self.every if layers is None else self.every.with_all_layers(layers)
                 part = replace(part, differences=replace(part.differences, prefix=prefix))
                 if self._difference(part) is None:
@@ -100,7 +101,9 @@ class Comparison:
         compared = 0
         try:
             for batch, wider in short_rows.batches(self.execution.facts, self.bound):
+                self.failed = True
                 plain = self._values(self.execution.facts.base(**batch), batch)
+                self.failed = False
                 if not all(bool(value.isfinite().all()) for value in plain.values()):
                     continue
                 compared += 1

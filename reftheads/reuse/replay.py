@@ -89,7 +89,8 @@ class Replay:
         plans, state = self.facts.layer.plans, self.facts.computing
         acting = {name: plans[name] for name in call.adapter_names or call.adapters if name in plans}
         for known, then, comparison in self._compared:
-            if then == state and list(map(id, known)) == list(map(id, acting.values())):
+            of_these = then == state and list(map(id, known)) == list(map(id, acting.values()))
+            if of_these and not comparison.failed:
                 return comparison
         one_each: dict[str, Plan] = {}
         for name, plan in acting.items():
