@@ -66,10 +66,10 @@ class Comparison:
                 cache = self.execution.prefilled(self.cone, **prompts)
                 if cache is None:
                     return None
-                plain, begun = (
-                    base.generate(**prompts, **options, **more, return_dict_in_generate=True)
-                    for more in ({}, {"past_key_values": cache})
-                )
+                plain = base.generate(**prompts, **options, return_dict_in_generate=True)
+                # some models keep the positions of the last prompts, of which a cache that begins knows nothing
+                base.generate(**{name: value[:-1] for name, value in prompts.items()}, **options)
+                begun = base.generate(**prompts, **options, past_key_values=cache, return_dict_in_generate=True)
             except Exception as error:
                 return f"it fails ({_short(error)})"
         length = prompts["input_ids"].shape[1]
