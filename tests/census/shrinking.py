@@ -221,6 +221,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "mobilevitv2": {"base_attn_unit_dims": (16, 16, 16), "image_size": 64, "patch_size": 2},
     "moshi": {"audio_encoder_config": {"codebook_size": 128}},
     "nemotron": {"num_key_value_heads": 2},
+    "pegasus_x": {"block_size": 8},
     "perceiver": {
         "num_latents": 8,
         "num_blocks": 1,
@@ -255,6 +256,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "layoutlmv3": {"visual_embed": False, "coordinate_size": 4, "shape_size": 8},
     "nemotron_h": {"n_groups": 2, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
     "neomme": {"head_dim": 16},
+    "muse_spark_audio": {"hidden_sizes": (16, 16, 16, 32), "out_hidden_size": WIDTH},
     "nystromformer": {"num_landmarks": 4, "segment_means_seq_len": 12},
     "xlstm": {"hidden_size": 128},
     "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
