@@ -67,7 +67,7 @@ def uncapped(patch: Any) -> None:
 
 
 def no_prompts(patch: Any) -> None:
-    patch.setattr(frame, "_prompt_mask", lambda *given: None)
+    patch.setattr(frame, "_given_mask", lambda *given: None)
 
 
 def another_scale(patch: Any) -> None:

@@ -66,8 +66,8 @@ def locate_in_block(structure: Structure, info: StackInfo, site: Site, layer: in
     block = model.get_submodule(path)
     residual = residual_width(model, info)
 
-    def at(module: str, side: Side, width: int, columns: Columns = None) -> Address:
-        order = (layer, BLOCK_COMPONENTS.index(component))
+    def at(module: str, side: Side, width: int, columns: Columns = None, step: str = component) -> Address:
+        order = (layer, BLOCK_COMPONENTS.index(step))
         return Address(site, join(path, module), side, width, columns, info.path, order)
 
     if component in ("block_input", "block_output"):
@@ -100,7 +100,9 @@ def locate_in_block(structure: Structure, info: StackInfo, site: Site, layer: in
         site = replace(site, head=head)
     whole = width_of(block.get_submodule(heads.module), heads.side)
     columns = heads.columns(whole, site.head)
-    return at(heads.module, heads.side, len(columns) if columns is not None else whole or 0, columns)
+    width = len(columns) if columns is not None else whole or 0
+    step = "query_output" if heads.fused else component  # a fused projection gives all three at once
+    return at(heads.module, heads.side, width, columns, step)
 
 
 def _check_order_of_heads(

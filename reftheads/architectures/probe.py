@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from reftheads._utils.eval_mode import evaluating
+from reftheads._utils.kept import nothing_kept
 from reftheads._utils.random_numbers import same_random_numbers
 from reftheads.architectures.paths import CHILD, arguments, leaf, own_modules, parent, within
 from reftheads.architectures.sample import Inputs, samples
@@ -143,7 +144,7 @@ def run(
     """
     module = model.get_submodule(part)
     silent = getattr(getattr(model, CHILD, None), "silent", nullcontext)  # what acts already is not the model's own
-    with torch.no_grad(), evaluating(model), _as_packed(model), same_random_numbers(), silent():
+    with torch.no_grad(), nothing_kept(model), evaluating(model), _as_packed(model), same_random_numbers(), silent():
         torch.manual_seed(0)
         for inputs in samples(module, ids, answer):
             begin(inputs)

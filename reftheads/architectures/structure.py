@@ -143,7 +143,7 @@ def _are_blocks(observation: Observation, path: str, members: nn.ModuleList) -> 
     attends = any(attention_owner(member) is not None for member in members)
     seen = observation.lists.get(path)
     if seen is None:
-        return attends
+        return attends and not any(above in observation.modules for above in ancestors_of(path) if above)
     if seen.order != sorted(set(seen.order)) or not seen.chained:
         return False
     return attends or (len(members) > 1 and _keep_form(observation, path, seen))
@@ -154,7 +154,7 @@ def _keep_form(observation: Observation, path: str, seen: ListSeen) -> bool:
     members = [observation.modules[join(path, str(i))] for i in seen.order]
     forms = {shape for member in members for shape in (member.entered, member.left)}
     form = forms.pop()
-    return not forms and form is not None and len(form) == 3 and (seen.by_token or not seen.of_text)
+    return not forms and form is not None and len(form) == 3 and seen.by_token
 
 
 def _stack_info(model: nn.Module, observation: Observation, path: str, blocks: nn.ModuleList) -> StackInfo:

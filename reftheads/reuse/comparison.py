@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from reftheads._utils.eval_mode import evaluating
+from reftheads._utils.kept import nothing_kept
 from reftheads._utils.lazy import cached
 from reftheads.reuse import short_rows
 from reftheads.reuse.cone import Cone, Differences
@@ -66,10 +67,13 @@ class Comparison:
                 cache = self.execution.prefilled(self.cone, **prompts)
                 if cache is None:
                     return None
-                plain = base.generate(**prompts, **options, return_dict_in_generate=True)
-                # some models keep the positions of the last prompts, of which a cache that begins knows nothing
-                base.generate(**{name: value[:-1] for name, value in prompts.items()}, **options)
-                begun = base.generate(**prompts, **options, past_key_values=cache, return_dict_in_generate=True)
+                runs = []
+                for more in ({}, {"past_key_values": cache}):
+                    with nothing_kept(base) as kept:
+                        runs.append(base.generate(**prompts, **options, **more, return_dict_in_generate=True))
+                    if kept:
+                        return f"the model keeps {kept[0]!r} from one pass to the next"
+                plain, begun = runs
             except Exception as error:
                 return f"it fails ({_short(error)})"
         length = prompts["input_ids"].shape[1]
@@ -86,7 +90,8 @@ class Comparison:
         """Let passes be plain ones, of the graphs alone, in evaluation mode, and change no random numbers."""
         facts = self.execution.facts
         devices = [facts.device] if facts.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), evaluating(facts.base), torch.inference_mode(False):
+        base = facts.base
+        with torch.random.fork_rng(devices), nothing_kept(base), evaluating(base), torch.inference_mode(False):
             scope = {"adapters": self.adapters, "adapter_names": None, "disabled": False}
             with entering(facts.layer, replay=None, generation=None, **scope):
                 yield

@@ -30,8 +30,8 @@ from reftheads.runtime.acting import read
 from reftheads.runtime.hooks import ending, in_this_thread
 from reftheads.runtime.interventions import RUN
 from reftheads.runtime.output import extend, replaced
-from reftheads.runtime.passes import Acting, Frame, HookKey, Replayed, Run, by_name, by_place
-from reftheads.runtime.roster import acting_on, nodes_of, side_by_side
+from reftheads.runtime.passes import Acting, Frame, HookKey, Replayed, Run, by_place
+from reftheads.runtime.roster import acting_on, by_name, nodes_of, side_by_side
 from reftheads.runtime.scope import Call
 
 if TYPE_CHECKING:
@@ -55,11 +55,6 @@ class _Batch:
     run: Run
     inputs: dict[str, Any]
     targets: dict[str, Tensor]
-
-    @property
-    def read(self) -> Any:
-        """Return what was read, and nothing else, as an output."""
-        return extend(BaseModelOutput(), by_name(self.run.readings), self.targets)
 
 
 class Execution:
@@ -89,10 +84,10 @@ class Execution:
         prepared = self._prepared(call, cone, given, recorded, whole)
         if whole and "labels" not in given:
             return self._through_base(prepared)
-        if not cone.inside and not cone.elsewhere and "labels" not in given:
-            return prepared.read
         if "labels" not in given and not cone.elsewhere:
-            return self._through_stack(cone, prepared)
+            if cone.inside:
+                self._through_stack(cone, prepared)
+            return extend(BaseModelOutput(), by_name(self.facts.layer, call, prepared.run.readings), prepared.targets)
         lm_head = self.eligibility.lm_head
         if "labels" not in given or lm_head is None:
             return self._through_base(prepared)
@@ -142,15 +137,14 @@ class Execution:
 
     # --- the ways through the model ---------------------------------------------------------------------------
 
-    def _through_stack(self, cone: Cone, batch: _Batch) -> Any:
-        """Return what is read; the pass ends with the last reader."""
+    def _through_stack(self, cone: Cone, batch: _Batch) -> None:
+        """Let all readers read; the pass ends with the last one."""
         inputs = {name: value for name, value in batch.inputs.items() if name in self.facts.arguments}
         places: list[HookKey] = [(p.address.module, p.address.side) for p in cone.inside if not p.edits]
         readings = batch.run.readings
         every = len(readings) + len(places)
         with ending(self.facts.base, places, lambda: len(readings) == every):
             self.facts.stack(**inputs, **{RUN: batch.run})
-        return batch.read
 
     def _through_base(self, batch: _Batch) -> Any:
         """Return what the whole model gives: without labels, or with a loss that looks at all logits."""

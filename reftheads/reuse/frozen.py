@@ -43,10 +43,14 @@ class Capture:
     tensors: dict[Any, Tensor] = field(default_factory=dict)
 
     def take(self, name: Any, h: Tensor) -> None:
-        """Keep a tensor; ends the pass if it was the last one that is wanted."""
+        """Keep a tensor; ends the pass if it was the last one that is wanted.
+
+        If the pass goes on, a copy is kept: the model may add to its tensor in place, as Falcon does.
+        """
         self.tensors[name] = h.detach()
         if self.wanted <= self.tensors.keys():
             raise Done
+        self.tensors[name] = self.tensors[name].clone()
 
 
 def run_frozen(

@@ -152,12 +152,19 @@ class Split:
         return (prefixes, lengths) if int(prefixes.sum()) * WORTH >= int(lengths.sum()) else None
 
     def _by_columns(self, cone: Cone, host: Mapping[str, Tensor]) -> bool:
-        """Return whether several tokens a row of a constant reader meet targets, or a gate, of those computed."""
+        """Return whether what a constant reader sees meets targets, or a gate, of the tokens that are computed."""
         sources = {planned.node.source for planned in cone.inside}
+        by_token = self.by_token(host).keys()
         if any(head.shift and head.target in host for head in self.facts.heads):
             return True  # the target of the last token that is computed stands behind it
-        several = [p.node for p in cone.constant if p.node.positions.bound != 1 and not _pools(p.node)]
-        return any(node.name in sources or getattr(node.intervention, "target", None) in host for node in several)
+        readers = [planned.node for planned in cone.constant]
+        several = [node for node in readers if node.positions.bound != 1 and not _pools(node)]
+        targets = {_target(node) for node in several} & host.keys() | {_target(node) for node in readers} & by_token
+        return bool(targets) or any(node.name in sources for node in several)
+
+
+def _target(node: Node) -> str | None:
+    return getattr(node.intervention, "target", None)
 
 
 def _pools(node: Node) -> bool:

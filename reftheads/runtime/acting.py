@@ -118,7 +118,10 @@ def _act(
 ) -> Float[Tensor, "batch chunk width"]:
     planned, module = node.planned, node.module
     positions = planned.node.positions
-    selection = Selection() if planned.sees_other_tokens else run.selection(positions, h, planned.may_use_a_mask)
+    if planned.sees_other_tokens:
+        selection = run.frame.of_encoder(h)
+    else:
+        selection = run.selection(positions, h, planned.may_use_a_mask)
     if selection is None:
         return h
     if node.rows is not None:
@@ -128,6 +131,7 @@ def _act(
         source = _source(run, node).beside(h)
         if node.source.node.positions.bound == 1:  # a row without the token that decides stays as it is
             _check_decided(run, node, h.shape[1])
+            _check_not_before(run, node, h, selection, source)
             selection = selection.rows(source.valid[:, 0], h.shape[1])
     index = _index(planned, h.device)
     picked = selection.gather(h)
@@ -138,6 +142,8 @@ def _act(
         entered = selection.gather(x).to(dtype) if module.intervention.needs_linear else None
         context = Context(entered, None if source is None else source.value, module.training)
     if not planned.edits:
+        if picked is h and dtype == h.dtype and torch.is_grad_enabled():
+            part = part.clone()  # kept for the gradient, while a model may add to `h` in place, as Falcon does
         read(run, node, part, selection, h.shape[1], context)
         return h
     result = module(node.params, part if part.dtype == dtype else part.to(dtype), context)
@@ -183,10 +189,7 @@ def _source(run: Run, node: Acting) -> Source:
     if run.continues is not None and key in run.continues.sources:
         return run.continues.sources[key]
     if key not in run.readings:
-        raise ValueError(
-            f"node {node.key[1]!r} reads {key[1]!r}, which has not run in this pass: its tokens lie before this "
-            "chunk. Pass the whole input, or use generate, which remembers"
-        )
+        raise _lies_before(node)
     return Source(run.readings[key].value, run.readings[key].valid)
 
 
@@ -202,6 +205,24 @@ def _check_decided(run: Run, node: Acting, chunk: int) -> None:
             f"node {node.key[1]!r} at {rule} reads {source.name!r} at {source.positions}, which may lie behind "
             "this chunk of the prompt: feed the prompt whole, or edit at positions 'generated'"
         )
+
+
+def _check_not_before(
+    run: Run, node: Acting, h: Float[Tensor, "batch chunk width"], selection: Selection, source: Source
+) -> None:
+    """Raise `ValueError` where tokens of this chunk may hang on one of an earlier chunk, which nobody remembers."""
+    if run.continues is not None or run.masks is not None or int(run.frame.past) == 0:
+        return
+    if bool((selection.validity(h).any(1) & ~source.valid[:, 0]).any()):
+        raise _lies_before(node)
+
+
+def _lies_before(node: Acting) -> ValueError:
+    assert node.source is not None
+    return ValueError(
+        f"node {node.key[1]!r} reads {node.source.node.name!r}, which has not run in this pass: its tokens lie before "
+        "this chunk. Pass the whole input, or use generate, which remembers"
+    )
 
 
 def _index(planned: PlannedNode, device: torch.device) -> slice | Tensor | None:

@@ -68,11 +68,13 @@ def frame_of(
     past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on in place
     mask, ids = _mask_and_ids(kind, stack, call, inputs, shape, past)
     flat = mask if _is_flat(mask) else None
+    encoder_mask = inputs.get("encoder_attention_mask")
+    encoder_mask = encoder_mask if _is_flat(encoder_mask) else None
     relative = next((rule for rule in rules if rule.needs_prompt), None)
     if call.continues is not None and stack.causal and shape is not None:
         if call.continues.prompt is None:
             _refuse_unclear(rules)
-        return Frame(past, *call.continues.masks(shape[0]), ids)
+        return Frame(past, *call.continues.masks(shape[0]), ids, encoder_mask)
     if relative is not None and _packed(inputs):
         raise ValueError(f"positions {str(relative)!r} need one row a sequence, and these rows are packed: unpack them")
     prompt = _given_mask(kind, stack, call)
@@ -93,7 +95,7 @@ def frame_of(
                 f"positions {str(relative)!r} depend on where the prompt ends, and this batch does not say: pass "
                 "labels with -100 on the prompt, or prompt_mask, or use positions='all'; or call model.eval()"
             )
-    return Frame(past, flat, prompt, ids)
+    return Frame(past, flat, prompt, ids, encoder_mask)
 
 
 def _past(

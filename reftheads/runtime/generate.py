@@ -22,9 +22,9 @@ from reftheads.runtime.hooks import Around, ending
 from reftheads.runtime.interventions import Interventions
 from reftheads.runtime.lineage import PREPARED, Generation
 from reftheads.runtime.output import extend, replaced
-from reftheads.runtime.passes import HookKey, Prompt, by_name
+from reftheads.runtime.passes import HookKey, Prompt
 from reftheads.runtime.plan import PlannedNode
-from reftheads.runtime.roster import nodes_of
+from reftheads.runtime.roster import by_name, nodes_of
 from reftheads.runtime.scope import generation_around, scope_of
 
 if TYPE_CHECKING:
@@ -269,4 +269,4 @@ def _read(
     places: list[HookKey] = [(p.address.module, p.address.side) for p in readers]
     with torch.no_grad(), call, ending(base, places, lambda: len(call.runs[path].readings) == len(readers)):
         stack(**inputs)
-    return extend(BaseModelOutput(), by_name(call.readings), {})
+    return extend(BaseModelOutput(), by_name(layer, call, call.readings), {})

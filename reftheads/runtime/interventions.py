@@ -31,9 +31,9 @@ from reftheads.runtime.frame import BaseKind, frame_of
 from reftheads.runtime.hooks import Around, attach, refuse_lost, take_places_again
 from reftheads.runtime.lineage import PREPARED, Generation
 from reftheads.runtime.output import extend, or_zero_without_labels
-from reftheads.runtime.passes import HookKey, NodeKey, Prompt, Run, by_name, by_place
+from reftheads.runtime.passes import HookKey, NodeKey, Prompt, Run, by_place
 from reftheads.runtime.plan import Plan
-from reftheads.runtime.roster import acting_on, nodes_of
+from reftheads.runtime.roster import acting_on, by_name, nodes_of
 from reftheads.runtime.scope import Call, call_of, change_from_here, entering, scope_of
 from reftheads.runtime.traces import cache_in, leave_trace, length_of, refuse_other_edits, trace_of
 
@@ -180,7 +180,7 @@ class Interventions(nn.Module, BaseTunerLayer):
             call.handed |= {} if run is None else {run.stack: run}
             output = forward(*args, **kwargs)
         if call.readings:
-            return extend(output, by_name(call.readings), call.targets, call.labels)
+            return extend(output, by_name(self, call, call.readings), call.targets, call.labels)
         judged = isinstance(call.labels, Tensor) and not call.disabled
         return or_zero_without_labels(output, call.labels) if judged else output  # type: ignore[arg-type]
 

@@ -33,18 +33,26 @@ NodeKey = tuple[str, str]  # adapter, node
 
 @dataclass(frozen=True)
 class Frame:
-    """Where the columns of a pass lie, before any tensor arithmetic; see `Tokens.of`."""
+    """Where the columns of a pass lie, before any tensor arithmetic; see `Tokens.of`.
+
+    Behind an encoder, also which of its tokens are real.
+    """
 
     past: int | Tensor
     attention_mask: Tensor | None
     prompt_mask: Tensor | None
     input_ids: Tensor | None
+    encoder_mask: Tensor | None = None
 
     def tokens(self, h: Float[Tensor, "batch chunk width"]) -> Tokens:
         """Return the columns as `h` sees them, on its device: a model may be spread over several."""
         parts = (self.past, self.attention_mask, self.prompt_mask, self.input_ids)
         past, mask, prompt, ids = (t.to(h.device) if isinstance(t, Tensor) else t for t in parts)
         return Tokens.of((h.shape[0], h.shape[1]), past, mask, prompt, ids, h.device)  # type: ignore[arg-type]
+
+    def of_encoder(self, h: Float[Tensor, "batch encoded width"]) -> Selection:
+        """Return the encoder's tokens, which a cross-attention sees, without padding."""
+        return Selection(mask=None if self.encoder_mask is None else self.encoder_mask.to(h.device).bool())
 
 
 class SideBySide:
@@ -149,15 +157,6 @@ def by_place(nodes: Iterable[Acting]) -> dict[HookKey, list[Acting]]:
     for there in places.values():
         there.sort(key=lambda node: node.planned.address.order or (-1, -1))
     return places
-
-
-def by_name(readings: Mapping[NodeKey, Reading]) -> dict[str, Reading]:
-    """Return what was read by the names of the nodes; with the adapter's where several have a node of one name."""
-    names = [node for _, node in readings]
-    return {
-        node if names.count(node) == 1 else f"{adapter}/{node}": reading
-        for (adapter, node), reading in readings.items()
-    }
 
 
 class Replayed(NamedTuple):

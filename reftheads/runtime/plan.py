@@ -97,6 +97,11 @@ class Plan:
         """Return the nodes that act in one stack, in the order of the graph."""
         return self._by_stack.get(path, ())
 
+    @cached
+    def readers(self) -> tuple[PlannedNode, ...]:
+        """Return the nodes that read, in the order of the graph."""
+        return tuple(planned for planned in self.nodes if not planned.edits)
+
     def only_prompts(self, path: str) -> bool:
         """Return whether all nodes of a stack act on tokens of the prompt alone."""
         return path not in self._beyond_prompts

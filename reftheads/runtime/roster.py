@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from reftheads.graph.intervention import Params
 from reftheads.runtime.acting import derive
 from reftheads.runtime.node_module import NodeModule
+from reftheads.runtime.output import Reading
 from reftheads.runtime.passes import Acting, NodeKey, SideBySide
 from reftheads.runtime.plan import Plan, PlannedNode
 from reftheads.runtime.scope import Call
@@ -28,12 +29,16 @@ class HoldsNodes(Protocol):
 
 def nodes_of(layer: HoldsNodes, stack: str, call: Call) -> Iterator[Listed]:
     """Yield the nodes of a stack that act in a call, adapter by adapter, in the order of their graph."""
-    for adapter in call.adapters if call.adapter_names is None else dict.fromkeys(call.adapter_names):
-        if adapter not in layer.plans:
-            continue
+    for adapter in _adapters(layer, call):
         modules = layer.rh_nodes[adapter]
         for planned in layer.plans[adapter].of_stack(stack):
             yield (adapter, planned.node.key), planned, modules[planned.node.key]  # type: ignore[index]
+
+
+def _adapters(layer: HoldsNodes, call: Call) -> list[str]:
+    """Return the adapters whose nodes act in a call, on all of its rows or on some."""
+    named = call.adapters if call.adapter_names is None else dict.fromkeys(call.adapter_names)
+    return [adapter for adapter in named if adapter in layer.plans]
 
 
 def acting_on(layer: HoldsNodes, nodes: Sequence[Listed], call: Call, tokens: Tensor | None = None) -> Iterator[Acting]:
@@ -54,6 +59,18 @@ def acting_on(layer: HoldsNodes, nodes: Sequence[Listed], call: Call, tokens: Te
         if call.adapter_names is not None and tokens is not None:
             rows = _rows_of(adapter, call.adapter_names, tokens)
         yield Acting(key, planned, module, p, module.dtype, rows, source)
+
+
+def by_name(layer: HoldsNodes, call: Call, readings: Mapping[NodeKey, Reading]) -> dict[str, Reading]:
+    """Return what was read by the names of the nodes; with the adapter's where several have a reader of one name.
+
+    Whether a reader has read anything does not matter, so that names stay what they are from batch to batch.
+    """
+    names = [planned.node.name for name in _adapters(layer, call) for planned in layer.plans[name].readers]
+    return {
+        node if names.count(node) == 1 else f"{adapter}/{node}": reading
+        for (adapter, node), reading in readings.items()
+    }
 
 
 def side_by_side(layer: HoldsNodes, call: Call, rows: int) -> Sequence[str]:

@@ -52,18 +52,12 @@ def check_logits(case: Case, output: Any, expected: Expected) -> None:
 def check_readings(case: Case, output: Any, readings: dict[str, Reading]) -> None:
     """Raise `Fault` where predictions, activations or the tokens that they belong to differ."""
     predictions, collected = (getattr(output, name, None) or {} for name in ("predictions", "collected"))
-    got = _named(predictions | collected, readings)
+    got = predictions | collected
     needed = {name for name, reading in readings.items() if any(reading.tokens)}
     if not needed <= got.keys() <= readings.keys():
         raise Fault(f"readings of {sorted(got)}, expected {sorted(needed)} of {sorted(readings)}")
     for name in got:
-        check_reading(name, got[name], _named(output.selected, readings)[name], readings[name])
-
-
-def _named(values: dict[str, Any], readings: dict[str, Reading]) -> dict[str, Any]:
-    """The same values by the names of the readings: where one of two nodes surely reads nothing, outputs lack it."""
-    full = {name.rpartition("/")[2]: name for name, reading in readings.items() if any(reading.tokens)}
-    return {name if name in readings else full.get(name, name): value for name, value in values.items()}
+        check_reading(name, got[name], output.selected[name], readings[name])
 
 
 def check_reading(name: str, got: Tensor, valid: Tensor, reading: Reading) -> None:
@@ -85,7 +79,7 @@ def check_reading(name: str, got: Tensor, valid: Tensor, reading: Reading) -> No
 
 def check_losses(output: Any, expected: Expected) -> None:
     """Raise `Fault` where the losses of heads, or what they are means of, differ."""
-    got, counts = (_named(getattr(output, name, None) or {}, expected.readings) for name in ("losses", "counts"))
+    got, counts = (getattr(output, name, None) or {} for name in ("losses", "counts"))
     needed = {name for name in expected.losses if any(expected.readings[name].tokens)}
     if not needed <= got.keys() <= expected.losses.keys():
         raise Fault(f"losses of {sorted(got)}, expected {sorted(needed)} of {sorted(expected.losses)}")

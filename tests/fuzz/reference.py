@@ -37,6 +37,11 @@ class Listed:
     other_stack: bool = False
 
     @property
+    def of_embeddings(self) -> bool:
+        """Whether it acts on what the embeddings give."""
+        return self.node.site.component == "embedding_output"
+
+    @property
     def edits(self) -> bool:
         """Whether it writes."""
         return not hasattr(self.node.intervention, "read")
@@ -174,6 +179,7 @@ def hooked(arch: Arch, nodes: Sequence[Listed], rows: Sequence[Row]) -> Iterator
             for path in listed.place.modules:
                 by_module.setdefault((path, listed.place.side), []).append(listed)
         for (path, side), here in by_module.items():
+            here.sort(key=lambda listed: not listed.of_embeddings)  # what they give, then what block 0 is given
             module = base.get_submodule(path)
             if side == "input":
                 handle = module.register_forward_pre_hook(before(here), with_kwargs=True)

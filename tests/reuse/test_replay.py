@@ -174,3 +174,23 @@ def test_a_causal_classifier_has_the_plain_gradients(side: str) -> None:
     model = intervened(from_config(config, tf.AutoModelForSequenceClassification), loreft(1, "all"), loreft(2, "f1"))
     batch = usual_batch(labels=False, side=side) | {"labels": torch.tensor([1, 0, 2, 1])}
     check_exact(model, batch)
+
+
+@pytest.mark.parametrize("component", ["mlp_output", "attention_output"])
+def test_what_a_model_adds_to_in_place_is_recorded_as_a_reader_sees_it(component: str) -> None:
+    """The parallel blocks of Falcon add the attention to what the MLP gave."""
+    nodes = [head(0, name="low", component=component), head(1, name="high", component=component), loreft(2)]
+    model = intervened(base_of("falcon, grouped"), *nodes)
+    check_exact(model, usual_batch(targets=True))
+    with model.reusing(None) as used:
+        assert used.cone.cut == 3 and [one.node.name for one in used.cone.constant] == ["low", "high"]
+
+
+@pytest.mark.parametrize("loss, outputs", [("mse", 1), ("mse_of_each", 2)])
+@pytest.mark.parametrize("rule", ["1", "f1", "l1"])
+def test_a_head_of_one_token_finds_its_target_among_those_of_all_columns(rule: str, loss: str, outputs: int) -> None:
+    read = rh.Node(rh.LinearHead(outputs, target="t", loss=loss), 0, positions=rule, name="head")
+    batch = usual_batch()
+    width = () if loss == "mse" else (outputs,)
+    batch["t"] = torch.randn(*batch["input_ids"].shape, *width, dtype=torch.float64)
+    check_exact(intervened(base_of("tiny llama"), read, loreft(2)), batch)

@@ -11,7 +11,7 @@ from support import oracle
 from support.idle import idle
 from support.models import WIDTH, tiny_bart, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_t5
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import reftheads as rh
 
@@ -343,6 +343,26 @@ def test_a_gate_over_the_whole_prompt_is_set_by_its_last_token():
 def test_a_gate_that_hangs_on_a_token_of_a_later_chunk_is_refused():
     with pytest.raises(ValueError, match="node 'edit' at all reads 'probe' at l1, which may lie behind this chunk"):
         gated("all", "l1").generate(prefill_chunk_size=2)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("rules", [("all", "0"), ("all", "f1"), ("generated", "l1")], ids="-".join)
+def test_a_gate_that_hangs_on_a_token_of_an_earlier_chunk_is_refused_outside_of_generate(rules: Any, kind: str):
+    model, ids = gated(*rules).model, torch.arange(12).view(2, 6)
+    static = StaticCache(config=model.config, max_cache_len=8)
+    cache = DynamicCache(config=model.config) if kind == "dynamic" else static
+    prompt = torch.arange(6).expand_as(ids) < 3
+    inputs = {"prompt_mask": prompt, "past_key_values": cache, "use_cache": True}
+    model(ids[:, :3], **inputs)
+    with pytest.raises(ValueError, match="'edit' reads 'probe', which has not run in this pass: its tokens lie before"):
+        model(ids[:, 3:], **inputs)
+
+
+def test_a_gate_whose_token_lies_in_the_same_chunk_acts_as_in_the_whole():
+    model, ids = gated("l2", "l1").model, torch.arange(12).view(2, 6)
+    inputs = {"prompt_mask": torch.ones_like(ids), "past_key_values": DynamicCache(config=model.config)}
+    model.base_model.model.model(ids[:, :3], past_key_values=inputs["past_key_values"], use_cache=True)
+    torch.testing.assert_close(model(ids[:, 3:], **inputs).logits, model(ids).logits[:, 3:])
 
 
 def test_every_sampled_sequence_has_the_gate_of_its_row():

@@ -598,6 +598,60 @@ def test_an_edit_of_cross_attention_keys_reaches_every_token_of_the_encoder():
         rh.InterventionModel(tiny_t5(), rh.InterventionGraph(rh.Node(rh.Steering(), component=path, positions="l1")))
 
 
+@pytest.mark.parametrize("path", ["k_proj", "v_proj"])
+def test_what_reads_a_cross_attention_counts_no_padding_of_the_encoder(path: str):
+    site = f"model.decoder.layers.0.encoder_attn.{path}"
+    graph = rh.InterventionGraph(
+        rh.Node(rh.Collect(), component=site, name="seen"),
+        rh.Node(rh.LinearHead(2, pool="mean"), component=site, name="mean"),
+    )
+    model = rh.InterventionModel(tiny_bart().double(), graph).double().eval()
+    ids, decoder_ids, mask = random_ids(2, 6), random_ids(2, 3), torch.ones(2, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    out = model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids)
+    alone = model(input_ids=ids[1:, :4], decoder_input_ids=decoder_ids[1:])
+    assert out.selected["seen"].equal(mask.bool())
+    close(out.collected["seen"][1, :4], alone.collected["seen"][0])
+    close(out.predictions["mean"][1:], alone.predictions["mean"])
+
+
+class AddsInPlace(nn.Module):
+    """A layer that adds to what it gave, after those who look at it have looked."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, h: Tensor) -> Tensor:
+        out = self.inner(h)
+        out += 1
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("positions", ["all", "prompt", "l1"])
+def test_a_head_trains_where_the_model_adds_in_place_to_what_it_reads(positions: str, dtype: torch.dtype):
+    """Its gradient is that of the tensor that it saw, as parallel blocks of Falcon have it."""
+    base = tiny_llama().double()
+    base.model.layers[0].mlp.down_proj = AddsInPlace(base.model.layers[0].mlp.down_proj)
+    path = "model.layers.0.mlp.down_proj.inner"
+    nodes = [
+        rh.Node(rh.LinearHead(3, target="t", dtype=dtype), component=path, positions=positions, name="head"),
+        rh.Node(rh.Collect(), component=path, positions=positions, name="seen"),
+    ]
+    model = rh.InterventionModel(base, rh.InterventionGraph(*nodes)).train()
+    ids = random_ids(2, 6)
+    head, tags = model.node("head").to(dtype), ids % 3
+    out = model(input_ids=ids, prompt_mask=torch.ones_like(ids), t=tags)
+    out.loss.backward()
+    h = out.collected["seen"].reshape(-1, WIDTH).to(dtype)
+    tags = tags[:, -1] if positions == "l1" else tags.flatten()
+    W, b = (head.get_parameter(name).detach().requires_grad_() for name in "Wb")
+    F.cross_entropy(h @ W.T + b, tags).backward()
+    close(head.W.grad, W.grad)
+    close(head.b.grad, b.grad)
+
+
 @pytest.mark.parametrize("batch", [2, 20])  # 14 and 140 tokens: few are edited by a mask, many by slots
 def test_a_gate_may_read_the_same_tokens_whatever_the_size_of_the_batch(batch):
     graph = rh.InterventionGraph(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.models import HEADS, LAYERS, WIDTH, random_ids, tiny_gpt2, tiny_llama, tiny_t5
+from support.models import HEADS, LAYERS, WIDTH, random_ids, tiny_bart, tiny_gpt2, tiny_llama, tiny_t5
 
 import reftheads as rh
 from reftheads.graph.site import BLOCK_COMPONENTS
@@ -88,6 +88,27 @@ def test_at_one_site_the_order_of_the_list_decides():
     compile_graph(rh.InterventionGraph(probe(1), gated(1)), tiny_llama())
     with pytest.raises(ValueError, match="runs later"):
         compile_graph(rh.InterventionGraph(gated(1), probe(1)), tiny_llama())
+
+
+def test_at_one_fused_projection_the_order_of_the_list_decides():
+    """Queries, keys and values are given at once there, and a path may name all of them."""
+    path, ids = "transformer.h.1.attn.c_attn", random_ids()
+    whole = rh.Node(rh.Steering(torch.ones(3 * WIDTH)), component=path, name="all")
+    keys = rh.Node(rh.Ablate(), 1, "key_output", name="part")
+    seen = rh.Node(rh.Collect(), component=path, name="seen")
+    shown = []
+    for nodes in ((whole, keys, seen), (keys, whole, seen)):
+        model = rh.InterventionModel(tiny_gpt2(), rh.InterventionGraph(*nodes)).eval()
+        shown.append(model(ids).collected["seen"][..., WIDTH : 2 * WIDTH])
+    assert shown[0].eq(0).all() and shown[1].eq(1).all()
+
+
+@pytest.mark.parametrize("positions", ["all", "f2", "prompt"])
+def test_a_source_of_several_tokens_in_another_stack_is_refused(positions: str):
+    read = rh.Node(rh.LinearHead(1), 0, positions=positions, stack="encoder", name="probe")
+    edit = rh.Node(rh.Gated(rh.Steering()), 2, positions=positions, source="probe")
+    with pytest.raises(ValueError, match="of another stack, whose tokens are not its own"):
+        compile_graph(rh.InterventionGraph(read, edit), tiny_bart())
 
 
 def test_a_pass_agrees_with_the_order_that_compiling_promised():

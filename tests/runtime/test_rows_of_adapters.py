@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -113,3 +114,17 @@ def test_a_gate_and_an_edit_of_one_site_act_in_the_order_of_the_graph_in_equal_s
     for i, name in enumerate(["default", "b"]):
         model.set_adapter(name)
         close(together[i], model(ids).logits[0])
+
+
+@pytest.mark.parametrize("empty", ["f0", "generated"])
+def test_names_of_what_is_read_do_not_hang_on_what_a_batch_holds(empty: str):
+    model = rh.InterventionModel(tiny_llama(), rh.InterventionGraph(rh.Node(rh.LinearHead(1), 0, name="y")), "one")
+    model.add_adapter("two", rh.InterventionGraph(rh.Node(rh.LinearHead(1), 0, positions=empty, name="y")))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for store in (None, rh.ActivationStore(10**6)):
+        with model.reusing(store):
+            model.set_adapter(["one", "two"])
+            assert [*model(ids).predictions] == ["one/y"]
+            assert [*model(ids.repeat(2, 1), adapter_names=["one", "two"]).predictions] == ["one/y"]
+            model.set_adapter("one")
+            assert [*model(ids).predictions] == ["y"]
