@@ -226,7 +226,8 @@ def _inputs(model: Any, species: Species, dtype: torch.dtype) -> Iterator[tuple[
         sounds["input_features"] += [noise(band, 256), noise(256, band), noise(64, band)]
     for name, values in sounds.items():
         for value in values:
-            yield "decoder_input_ids", {name: value}
+            if species.group != "audio":
+                yield "decoder_input_ids", {name: value}
             yield None, {name: value}
 
 

@@ -100,7 +100,7 @@ class Exam:
         """Return the blocks of the encoder and the decoder, or those that run over the row's tokens."""
         lists = chains(self.base, self.record)
         if self.pairs and len(lists) > 1:
-            return [Stack("encoder", lists[0]), Stack("decoder", lists[-1])]
+            return [Stack("encoder", lists[-2]), Stack("decoder", lists[-1])]  # convolutions may run before them
         if self.subject.ids is not None:
             width = len(self.row)
             lists = [

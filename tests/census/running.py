@@ -50,7 +50,7 @@ def examine(species: Species) -> dict[str, Any]:
 
 def _no_blocks(exam: Exam) -> None:
     """Raise what the library says of a layer of a model in which no blocks are seen."""
-    exam.model(rh.Node(rh.Collect(), 0, "block_output"))
+    exam.output(exam.model(rh.Node(rh.Collect(), 0, "block_output")))
     raise Wrong("blocks are addressed where none hands on to the next")
 
 

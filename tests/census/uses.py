@@ -86,11 +86,13 @@ class Uses:
         def change(h: Tensor) -> Tensor:
             if h.shape[-1] != r.shape[-1]:
                 raise Wrong(f"the library says that blocks are {r.shape[-1]} wide, and they are {h.shape[-1]}")
-            new = h.clone().reshape(len(wanted), -1, h.shape[-1])
+            columns_first = h.ndim == 3 and h.shape[0] != len(wanted) == h.shape[1]
+            rows = h.transpose(0, 1) if columns_first else h
+            new = rows.clone(memory_format=torch.contiguous_format).reshape(len(wanted), -1, h.shape[-1])
             for i, row in enumerate(wanted):
                 x = new[i, row]
                 new[i, row] = x + (x @ w.to(x).T + b.to(x) - x @ r.to(x).T) @ r.to(x)
-            return new.reshape(h.shape)
+            return new.reshape(rows.shape).transpose(0, 1) if columns_first else new.reshape(h.shape)
 
         return [(self.stack.chain.out[self.stack.middle], change)]
 
@@ -99,8 +101,8 @@ class Uses:
     def _batches(self) -> list[tuple[str, dict[str, Tensor], list[list[int]]]]:
         """Return ragged batches of both paddings with the columns of each row's tokens."""
         rows = words()
-        if self.subject.ids is None:
-            tokens = flat(_see(self.exam, self.stack.chain.out[0], self.exam.alone)).shape[0]
+        if self.subject.ids is None or self.stack.role == "encoder" and self.subject.ids != "input_ids":
+            tokens = flat(_see(self.exam, self.stack.chain.out[self.stack.middle], self.exam.alone)).shape[0]
             batch = self.subject.batch(rows)
             return [("as it is", batch, [list(range(tokens))] * len(rows))]
         made = []
