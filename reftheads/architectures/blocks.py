@@ -56,6 +56,8 @@ class _MLP:
 
 def mlp_of(block: nn.Module, where: str) -> _MLP:
     """Return the feed-forward half of a block; `where` is how errors call the block."""
+    if child(block, "experts") is not None:
+        raise ValueError(f"{where} has experts beside or in place of an MLP: use mlp_output, or a module path")
     of_attention = attention_of(block, where) if attention_owner(block) is not None else ()
     rest = {
         path: module
@@ -131,6 +133,16 @@ def added_by(block: nn.Module, steps: Sequence[Step] | None, component: str, whe
         raise ValueError(f"{where} has no {what} that adds to the residual stream: use the path of a module")
     [addition] = halves[component]
     return next((name for name in named[component] if name in addition), _outermost(addition))
+
+
+def read_by(steps: Sequence[Step] | None, path: str) -> str:
+    """Return the module that reads the input of experts: the one at `path`, or what gives the MLP's output around it.
+
+    Experts may lie beside others in one module that reads the tensor for all of them.
+    """
+    additions = [addition for step in steps or () for addition in step]
+    around = [o for addition in additions for o in addition if within(path, o) and o != path]
+    return min(around, key=len, default=path)
 
 
 def _names_of_attention(block: nn.Module) -> list[str]:

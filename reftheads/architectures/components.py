@@ -6,7 +6,15 @@ from dataclasses import replace
 from torch import nn
 
 from reftheads.architectures.address import Address, model_type, name_of
-from reftheads.architectures.blocks import added_by, attention_norm, attention_of, attention_owner, mlp_norm, mlp_of
+from reftheads.architectures.blocks import (
+    added_by,
+    attention_norm,
+    attention_of,
+    attention_owner,
+    mlp_norm,
+    mlp_of,
+    read_by,
+)
 from reftheads.architectures.fused import heads_changed
 from reftheads.architectures.heads import HeadSite, heads_of
 from reftheads.architectures.names import ATTENDS
@@ -77,7 +85,8 @@ def locate_in_block(structure: Structure, info: StackInfo, site: Site, layer: in
     if component in ("mlp_input", "mlp_activation", "mlp_output"):
         mlp = mlp_of(block, where)
         if component == "mlp_input":
-            return at(mlp.input, "input", residual)
+            reads = mlp.input if mlp.down else read_by(structure.steps(info).get(path), mlp.input)
+            return at(reads, "input", residual)
         if component == "mlp_output":
             return at(mlp_norm(block) or mlp.output, "output", residual)
         if mlp.down is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -128,7 +128,7 @@ def _stacks(model: nn.Module, observation: Observation) -> tuple[StackInfo, ...]
     for path, module in own_modules(model):
         if not isinstance(module, nn.ModuleList) or any(within(path, block) for block in blocks):
             continue
-        if not _are_blocks(observation, path, module):
+        if not _are_blocks(model, observation, path, module):
             continue
         infos.append(_stack_info(model, observation, path, module))
         blocks += infos[-1].blocks
@@ -138,8 +138,10 @@ def _stacks(model: nn.Module, observation: Observation) -> tuple[StackInfo, ...]
     return (StackInfo("", (), "decoder" if causal else "encoder", None),)
 
 
-def _are_blocks(observation: Observation, path: str, members: nn.ModuleList) -> bool:
+def _are_blocks(model: nn.Module, observation: Observation, path: str, members: nn.ModuleList) -> bool:
     """Return whether the members of a list are the blocks of a stack."""
+    if any(isinstance(above, nn.ModuleList) and len(above) > 1 for above in _above(model, path)):
+        return False  # a stage of several
     attends = any(attention_owner(member) is not None for member in members)
     seen = observation.lists.get(path)
     if seen is None:
@@ -147,6 +149,11 @@ def _are_blocks(observation: Observation, path: str, members: nn.ModuleList) -> 
     if seen.order != sorted(set(seen.order)) or not seen.chained:
         return False
     return attends or (len(members) > 1 and _keep_form(observation, path, seen))
+
+
+def _above(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """Yield the modules that a module lies in."""
+    return (model.get_submodule(above) for above in ancestors_of(path))
 
 
 def _keep_form(observation: Observation, path: str, seen: ListSeen) -> bool:

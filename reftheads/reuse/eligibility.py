@@ -81,6 +81,8 @@ class Eligibility:
             return "embeddings get noise in training mode (neftune_noise_alpha)"
         if getattr(getattr(facts.base, "config", None), "expert_capacity", None) is not None:
             return "tokens compete for places in experts (expert_capacity), so that a row depends on those beside it"
+        if self._has_other_columns:
+            return "blocks fill up rows, or have several columns for a token"
         if getattr(getattr(facts.base, "config", None), "output_router_logits", False):
             return "the loss of a router looks at every token in every block"
         return None
@@ -153,6 +155,13 @@ class Eligibility:
         """Return whether a block gives a hidden state, alone or at the head of a tuple or list."""
         output = self._block_output
         return isinstance(output, Tensor) or (type(output) in (tuple, list) and isinstance(output[0], Tensor))
+
+    @property
+    def _has_other_columns(self) -> bool:
+        """Return whether a block works on more columns than there are tokens, as one token shows."""
+        output = self._block_output
+        h = output[0] if type(output) in (tuple, list) else output
+        return isinstance(h, Tensor) and h.shape[:-1].numel() != 1
 
 
 def first_token(nodes: Iterable[PlannedNode]) -> str | None:

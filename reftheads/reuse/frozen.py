@@ -92,7 +92,7 @@ def inputs_of(facts: Facts, ids: Int[Tensor, "rows computed"], layout: Layout) -
 
 
 def keeps_pieces(facts: Facts) -> bool | None:
-    """Return whether all blocks keep keys and values of one shape for a token; `None` if a pass over one token fails."""
+    """Return whether all blocks keep keys and values of one shape for a token; `None` if a pass over one fails."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=facts.device)
     cache = cache_of([[]], 0, 1, len(facts.blocks))
     try:
