@@ -9,6 +9,8 @@ from census.tracing import Place, Trace, covers, flat, same
 
 MIDDLE = 2
 """The token that is edited where one is."""
+MIXED = ("nystromformer",)
+"""Types whose attention mixes the queries of several tokens."""
 
 
 class Components:
@@ -369,6 +371,8 @@ class Components:
                     raise Nothing(f"{component}[{layer}] has no effect on the heads")
                 near = alone.clone()
                 near[MIDDLE : MIDDLE + 4] = True  # a convolution over a few tokens may follow the projection
+                if component == "query_output" and self.exam.subject.species.model_type in MIXED:
+                    raise Nothing("landmarks are means of queries")
                 if component == "query_output" and bool((moved & ~near).any() or not moved[MIDDLE]):
                     raise Wrong(f"query_output[{layer}] of one token moves the heads of others")
                 if component != "query_output" and not (moved & ~alone).any():
@@ -388,7 +392,8 @@ class Components:
     def _one_head(self, layer: int, component: str, before: Tensor) -> None:
         """Check that a head's queries, keys or values move the columns of that head, or of its group, alone."""
         try:
-            first, second = (self.heads_after(layer, component, 1.0, head) for head in (0, 1))
+            size = size_of(self.read(component, layer))
+            first, second = (self.heads_after(layer, component, size, head) for head in (0, 1))
         except ValueError:  # it has one head, or none that could be told apart
             return
         moved = [((h - before).abs().amax(0) > 1e-9 * before.abs().max()) for h in (first, second)]
