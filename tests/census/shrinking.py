@@ -258,6 +258,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "neomme": {"head_dim": 16},
     "muse_spark_audio": {"hidden_sizes": (16, 16, 16, 32), "out_hidden_size": WIDTH},
     "nystromformer": {"num_landmarks": 4, "segment_means_seq_len": 12},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "downsampling_ratios": (2, 2), "depths": (1, 1, 1)},
     "xlstm": {"hidden_size": 128},
     "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
     "zamba": {
