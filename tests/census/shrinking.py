@@ -302,6 +302,8 @@ def shrunk(cls: type[PretrainedConfig], model_type: str) -> dict[str, Any]:
             fields[name] = SIZES[name]
         elif "drop" in name and isinstance(parameter.default, float):
             fields[name] = 0.0
+        elif name == "apply_spec_augment":  # it masks at random in training
+            fields[name] = False
         elif name in _NEEDED and parameter.default is None:
             fields[name] = SIZES[name]
     if "kv_lora_rank" in names:  # latent attention: keys and values are made for every head

@@ -190,10 +190,11 @@ class Uses:
         """Raise `Nothing` where the model by itself has no gradient."""
         inputs = {name: value for name, value in batch.items() if name != "y"}
         try:
-            with torch.enable_grad():
-                first_tensor(self.exam.base(**inputs)).sum().backward()
+            first_tensor(self.exam.base.train()(**inputs)).sum().backward()
         except Exception as error:
             raise Nothing(f"the model itself has no gradient: {type(error).__name__}: {error}"[:200]) from None
+        finally:
+            self.exam.base.eval()
 
     def _labels(self, batch: dict[str, Tensor], tokens: list[list[int]]) -> Tensor:
         """Return labels on what follows each prompt."""
