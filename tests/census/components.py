@@ -9,6 +9,8 @@ from census.tracing import Place, Trace, covers, flat, same
 
 MIDDLE = 2
 """The token that is edited where one is."""
+MIXED = ("nystromformer",)
+"""Types whose attention mixes the queries of several tokens."""
 
 
 class Components:
@@ -172,6 +174,9 @@ class Components:
             fits = any(combines(i, [entering, flat(value)]) for i, _ in self._through(layer)) or any(
                 combines(leaving, [o, flat(value)]) for _, o in self._through(layer)
             )
+        if not fits:  # more than two sublayers, as of a Conformer: what enters one is what entered another, and this
+            entered = [i for i, _ in self._through(layer)]
+            fits = any(_close(a + flat(value), b) for a in entered for b in entered)
         if not fits:
             raise Wrong(f"{name}[{layer}] is not added to the residual stream")
         self.adds(name, layer, self._outputs(layer, value))
@@ -369,6 +374,8 @@ class Components:
                     raise Nothing(f"{component}[{layer}] has no effect on the heads")
                 near = alone.clone()
                 near[MIDDLE : MIDDLE + 4] = True  # a convolution over a few tokens may follow the projection
+                if component == "query_output" and self.exam.subject.species.model_type in MIXED:
+                    raise Nothing("landmarks are means of queries")
                 if component == "query_output" and bool((moved & ~near).any() or not moved[MIDDLE]):
                     raise Wrong(f"query_output[{layer}] of one token moves the heads of others")
                 if component != "query_output" and not (moved & ~alone).any():
@@ -388,13 +395,16 @@ class Components:
     def _one_head(self, layer: int, component: str, before: Tensor) -> None:
         """Check that a head's queries, keys or values move the columns of that head, or of its group, alone."""
         try:
-            first, second = (self.heads_after(layer, component, 1.0, head) for head in (0, 1))
+            size = size_of(self.read(component, layer))
+            first, second = (self.heads_after(layer, component, size, head) for head in (0, 1))
         except ValueError:  # it has one head, or none that could be told apart
             return
         moved = [((h - before).abs().amax(0) > 1e-9 * before.abs().max()) for h in (first, second)]
         if moved[0].all() and moved[1].all():  # a norm over all heads, or a mask that is made from all values
             return
-        if not moved[0].any() or bool((moved[0] & moved[1]).any()):
+        if not moved[0].any() or not moved[1].any():  # where attention looks at one token alone
+            return
+        if bool((moved[0] & moved[1]).any()):
             raise Wrong(f"a head of {component}[{layer}] moves columns of another")
         columns = moved[0].nonzero().flatten()
         if columns[0] != 0 or columns[-1] + 1 != len(columns):

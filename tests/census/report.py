@@ -9,9 +9,11 @@ import torch
 import transformers
 
 from census.building import GROUPS, everything
-from census.examining import NOTHING, REFUSED, RIGHT, Verdict
+from census.examining import CRASH, NOTHING, REFUSED, RIGHT, WRONG, Verdict
 from census.running import known, verdict
 
+LONGEST = 160
+"""Characters of a cell."""
 _TITLES = {
     "causal": "Causal language models",
     "encoder": "Encoders",
@@ -30,8 +32,8 @@ refuse with a reason? `make census` examines them again and writes this page; it
 
 {counts}
 
-A model of each type is built tiny, with random weights, in float64 where it computes in it, and examined by checks that
-know its modules from one pass with plain hooks rather than from the library:
+{missing}A model of each type is built tiny, with random weights, in float64 where it computes in it, and examined by
+checks that know its modules from one pass with plain hooks rather than from the library:
 
 - an edit at every component of a block equals the same change made by a hook; what enters and leaves blocks, what
   attention and MLP add to the residual stream, what queries, keys and values do to the heads, by their definitions;
@@ -40,9 +42,10 @@ know its modules from one pass with plain hooks rather than from the library:
 - losses, gradients and `generate` within `model.reusing(store)` are those of the plain path;
 - LoRA equals merged weights; what is saved and loaded gives the same; heads read what a hook sees; a path acts.
 
-*Right* are all of these, where the library does not refuse. *Refused* means that blocks are refused; the dotted path of
-a module is what remains. The last column says what a model that is right refuses: a component that it does not have, or
-whose place or columns cannot be told.
+*Right* are all of these, where the library does not refuse. *Wrong* and *crash* are faults that are known, with what
+the first check says. *Not built* are types that need a package that is not installed, or inputs that the census does
+not make. *Refused* means that blocks are refused; the dotted path of a module is what remains. The last column says
+what a model that is right refuses: a component that it does not have, or whose place or columns cannot be told.
 """
 
 
@@ -50,16 +53,33 @@ def write(results: Path, page: Path) -> None:
     """Write the page from the lines of results."""
     rows = known(results)
     entries = [(entry, rows[str(entry)]) for entry in everything() if str(entry) in rows]
-    counts = Counter(verdict(row).word for _, row in entries)
-    built = sum(counts.values()) - counts[NOTHING]
-    words = [f"{count} {word}" for word, count in sorted(counts.items(), key=lambda pair: -pair[1]) if word != NOTHING]
-    said = f"**{built} types examined: {', '.join(words)}.** {counts[NOTHING]} others cannot be built here."
     text = _INTRODUCTION.format(
-        transformers=transformers.__version__, torch=torch.__version__.split("+")[0], counts=said
+        transformers=transformers.__version__,
+        torch=torch.__version__.split("+")[0],
+        counts=_counts({group: [row for entry, row in entries if entry.group == group] for group in GROUPS}),
+        missing=_missing(len(everything()) - len(entries)),
     )
     for group in GROUPS:
         text += _section(group, [row for entry, row in entries if entry.group == group])
     page.write_text(text, encoding="utf-8")
+
+
+def _missing(count: int) -> str:
+    """Return what to say of entries that have no result yet."""
+    return f"{count} further types have not been examined in this run.\n\n" if count else ""
+
+
+def _counts(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return the table of how many types of each group came out how."""
+    words = (RIGHT, REFUSED, WRONG, CRASH, NOTHING)
+    lines = ["| | right | refused | wrong | crash | not built |", "|---|--:|--:|--:|--:|--:|"]
+    total: Counter[str] = Counter()
+    for group, of_group in rows.items():
+        counts = Counter(verdict(row).word for row in of_group)
+        total += counts
+        lines.append(f"| {_TITLES[group]} | {' | '.join(str(counts[word]) for word in words)} |")
+    lines.append(f"| **all** | {' | '.join(f'**{total[word]}**' for word in words)} |")
+    return "\n".join(lines)
 
 
 def _section(group: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -82,5 +102,6 @@ def _refusals(row: Mapping[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return text for a cell of a table."""
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    """Return text for a cell of a table, its end left out if it is long."""
+    short = text if len(text) <= LONGEST else f"{text[:LONGEST].rpartition(' ')[0]} …"
+    return short.replace("|", "\\|").replace("<", "&lt;")

@@ -258,6 +258,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "neomme": {"head_dim": 16},
     "muse_spark_audio": {"hidden_sizes": (16, 16, 16, 32), "out_hidden_size": WIDTH},
     "nystromformer": {"num_landmarks": 4, "segment_means_seq_len": 12},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "downsampling_ratios": (2, 2), "depths": (1, 1, 1)},
     "xlstm": {"hidden_size": 128},
     "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
     "zamba": {
@@ -301,6 +302,8 @@ def shrunk(cls: type[PretrainedConfig], model_type: str) -> dict[str, Any]:
             fields[name] = SIZES[name]
         elif "drop" in name and isinstance(parameter.default, float):
             fields[name] = 0.0
+        elif name == "apply_spec_augment":  # it masks at random in training
+            fields[name] = False
         elif name in _NEEDED and parameter.default is None:
             fields[name] = SIZES[name]
     if "kv_lora_rank" in names:  # latent attention: keys and values are made for every head

@@ -8,6 +8,14 @@ from census.running import examine
 
 _NO_NORM = {"final_norm_output"}
 _EXPERTS = {"mlp_activation"}
+_MIXER = {
+    "attention_input",
+    "head_output",
+    "query, key, value_output",
+    "mlp_input",
+    "mlp_activation",
+    "LoRA",
+}
 _ANYTHING = None
 QUICK: dict[str, set[str] | None] = {
     "causal/llama": set(),
@@ -24,8 +32,8 @@ QUICK: dict[str, set[str] | None] = {
     "causal/mixtral": _EXPERTS,
     "causal/gpt_oss": _EXPERTS,
     "causal/deepseek_v3": set(),
-    "causal/qwen3_next": {"mlp_activation", "a path"},
-    "causal/mamba": set(),
+    "causal/qwen3_next": {"mlp_activation", "LoRA", "a path"},
+    "causal/mamba": _MIXER,
     "causal/gpt_bigcode": set(),
     "causal/granitemoeshared": {"attention_output, mlp_output", "mlp_input", "mlp_activation", "LoRA"},
     "causal/bart": _NO_NORM,

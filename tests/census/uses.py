@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import reftheads as rh
-from census.building import PROMPTS, words
+from census.building import PROMPTS, first_tensor, words
 from census.examining import Exam, Nothing, Stack, Wrong, distance
 from census.tracing import Place, flat
 from reftheads.architectures import locate
@@ -186,6 +186,16 @@ class Uses:
         except Exception as error:
             raise Nothing(f"the model itself does not take it: {type(error).__name__}: {error}"[:200]) from None
 
+    def _trains(self, batch: dict[str, Tensor]) -> None:
+        """Raise `Nothing` where the model by itself has no gradient."""
+        inputs = {name: value for name, value in batch.items() if name != "y"}
+        try:
+            first_tensor(self.exam.base.train()(**inputs)).sum().backward()
+        except Exception as error:
+            raise Nothing(f"the model itself has no gradient: {type(error).__name__}: {error}"[:200]) from None
+        finally:
+            self.exam.base.eval()
+
     def _labels(self, batch: dict[str, Tensor], tokens: list[list[int]]) -> Tensor:
         """Return labels on what follows each prompt."""
         labels = torch.full_like(batch["input_ids"], -100)
@@ -243,7 +253,8 @@ class Uses:
         except Exception as error:
             raise Nothing(f"the model itself does not generate: {type(error).__name__}: {error}"[:200]) from None
         cached_agrees = distance(logits, uncached) < self.subject.exact * 100
-        forced_agrees = distance(uncached, self._forced(alone, batch, [])) < self.subject.exact * 100
+        whole = self.exam.pairs or alone.shape[1] == batch["input_ids"].shape[1] + NEW  # BLIP cuts prompts by itself
+        forced_agrees = whole and distance(uncached, self._forced(alone, batch, [])) < self.subject.exact * 100
         for rule in ("f1", "l1"):
             if self.stack.role == "decoder":
                 rule = "all"
@@ -288,6 +299,7 @@ class Uses:
             elif self.causal:
                 batch |= {"labels": self._labels(batch, tokens)}
             self._runs({name: value for name, value in batch.items() if name != "y"})
+            self._trains(batch)
             plain = _step(model, batch)
             store = rh.ActivationStore()
             for turn in ("recorded", "found again"):
