@@ -67,7 +67,8 @@ def heads_of(block: nn.Module, path: str, out: str, component: str, where: str, 
     widths = [known_width(block.get_submodule(p), "output") for p in projections]
     gated = model_type.startswith(_GATED_QUERIES) and not fused and widths[0] == 2 * queries
     keys = (widths[0] - queries) // 2 if fused else widths[1]
-    if sum(widths) != queries * (1 + gated) + 2 * keys or not keys or queries % dim or keys % dim:
+    expected = [queries + 2 * keys] if fused else [queries * (1 + gated), keys, keys]
+    if widths != expected or not keys or queries % dim or keys % dim:
         raise ValueError(
             f"{where}: the projections of its attention {path!r} are {widths} wide, which does not divide "
             f"into queries of {queries} and equal keys and values with heads of {dim}: use a module path"

@@ -128,7 +128,8 @@ def by_hand(model: nn.Module, changes: Sequence[tuple[Place, Change]]) -> Iterat
                     return out
                 items = list(out)
                 items[place.key] = change(items[place.key])
-                return tuple(items) if isinstance(out, tuple) else items
+                named = hasattr(out, "_fields")
+                return type(out)(*items) if named else tuple(items) if isinstance(out, tuple) else items
 
             if place.side == "input":
                 hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
