@@ -66,7 +66,10 @@ def by_name(layer: HoldsNodes, call: Call, readings: Mapping[NodeKey, Reading]) 
 
     Whether a reader has read anything does not matter, so that names stay what they are from batch to batch.
     """
-    names = [planned.node.name for name in _adapters(layer, call) for planned in layer.plans[name].readers]
+    adapters, read = list(_adapters(layer, call)), dict.fromkeys(adapter for adapter, _ in readings)
+    if not read.keys() <= set(adapters):  # a run was handed on that had begun with others
+        adapters = list(read)
+    names = [planned.node.name for name in adapters for planned in layer.plans[name].readers]
     return {
         node if names.count(node) == 1 else f"{adapter}/{node}": reading
         for (adapter, node), reading in readings.items()

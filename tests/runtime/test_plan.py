@@ -46,8 +46,7 @@ def test_compiling_changes_nothing():
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("times", [1, 6])
-def test_the_model_is_walked_as_often_however_many_nodes_are_placed(times):
+def test_the_model_is_walked_as_often_however_many_nodes_are_placed():
     model, walks = tiny_llama(), []
     walk = model.named_modules
 
@@ -56,11 +55,17 @@ def test_the_model_is_walked_as_often_however_many_nodes_are_placed(times):
         return walk(*args, **kwargs)
 
     places = [{"layer": 1}, {"layer": 0, "component": "query_output"}, {"component": "model.layers.2.mlp"}]
-    nodes = [rh.Node(rh.Collect(), **place, name=f"{i}_{j}") for i in range(times) for j, place in enumerate(places)]
-    compile_graph(rh.InterventionGraph(*nodes), model)  # looks at how the model runs, and remembers
-    model.named_modules = counted
-    assert len(compile_graph(rh.InterventionGraph(*nodes), model).nodes) == 3 * times
-    assert len(walks) == 4  # the structure, twice the key under which it is remembered, and what is cut into parts
+    counts = []
+    for times in (1, 1, 6):  # the first looks at how the model runs, which is remembered
+        nodes = [
+            rh.Node(rh.Collect(), **place, name=f"{i}_{j}") for i in range(times) for j, place in enumerate(places)
+        ]
+        model.named_modules = counted
+        assert len(compile_graph(rh.InterventionGraph(*nodes), model).nodes) == 3 * times
+        del model.named_modules
+        counts.append(len(walks))
+        walks.clear()
+    assert counts[1] == counts[2] <= 6
 
 
 # --- order ----------------------------------------------------------------------------------------------------
