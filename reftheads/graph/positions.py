@@ -156,7 +156,7 @@ class Positions:
 
     @cached
     def begins_with_first(self) -> bool:
-        """Return whether the first token of every prompt is selected, for certain; of two tokens or more, if capped."""
+        """Return whether what is selected of a prompt begins with its first token; of two tokens or more, if capped."""
         return any(term.has_first_token for term in self._active)
 
     @cached
