@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
-from support.files import change_config, change_weights, damage_config, damage_weights
+from support.files import change_config, change_weights, damaged_copy
 from support.models import VOCAB, WIDTH, random_ids, randomise, tiny_llama, tiny_t5
 
 import reftheads as rh
@@ -694,12 +694,7 @@ def test_random_damage_is_an_error_or_does_nothing(tmp_path, sealed):
     if not sealed:
         change_weights(good)
     for _ in range(250):
-        for path in good.iterdir():
-            (bad / path.name).write_bytes(path.read_bytes())
-        if random.random() < 0.6:
-            damage_config(bad / "adapter_config.json", random)
-        else:
-            damage_weights(bad / "adapter_model.safetensors", random)
+        damaged_copy(good, bad, random)
         try:
             loaded = rh.InterventionModel.from_pretrained(base, bad)
         except ValueError as error:

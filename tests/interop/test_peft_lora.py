@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
-from support.files import damage_config, damage_weights
+from support.files import damaged_copy
 from support.models import VOCAB, WIDTH, random_ids, randomise, tiny_gpt2, tiny_llama
 from torch import Tensor
 
@@ -343,12 +343,7 @@ def test_random_damage_of_a_lora_is_an_error_or_another_lora(tmp_path):
     bad.mkdir()
     plain = base(random_ids()).logits
     for _ in range(150):
-        for path in good.iterdir():
-            (bad / path.name).write_bytes(path.read_bytes())
-        if random.random() < 0.6:
-            damage_config(bad / "adapter_config.json", random)
-        else:
-            damage_weights(bad / "adapter_model.safetensors", random)
+        damaged_copy(good, bad, random)
         try:
             from_peft_lora(base, bad).unload().requires_grad_(True)
             loaded += 1

@@ -216,21 +216,20 @@ def bart(stack: str, **names: Any) -> Case:
     )
 
 
-def bigcode(multi_query: bool, **names: Any) -> Case:
-    """Return a GPT-BigCode."""
-    config = tf.GPTBigCodeConfig(vocab_size=40, n_embd=32, n_layer=LAYERS, n_head=4, multi_query=multi_query)
-    return Case(
-        config,
+def gpt2(config: tf.PretrainedConfig, **names: Any) -> Case:
+    """Return a decoder whose modules are named as GPT-2's are, but for those in `names`."""
+    defaults: dict[str, Any] = dict(
         auto=CAUSAL,
         block="transformer.h.{}",
         qkv=("attn.c_attn",),
+        split=contiguous,
         o="attn.c_proj",
         first="ln_1",
         middle="ln_2",
         up=("mlp.c_fc",),
         down="mlp.c_proj",
-        **names,
     )
+    return Case(config, **{**defaults, **names})
 
 
 def opt(**config: Any) -> tf.OPTConfig:
@@ -242,6 +241,8 @@ def opt(**config: Any) -> tf.OPTConfig:
 OPT: dict[str, Any] = dict(
     auto=CAUSAL, block="model.decoder.layers.{}", qkv=PROJECTIONS, o="self_attn.out_proj", up=("fc1",), down="fc2"
 )
+
+GPT2 = dict(vocab_size=40, n_embd=32, n_layer=LAYERS, n_head=4)
 
 CASES = {
     "llama": llama(tf.LlamaConfig(**GQA)),
@@ -273,32 +274,18 @@ CASES = {
         score_bias=True,
         **EXPERTS,
     ),
-    "gpt2": Case(
-        tf.GPT2Config(vocab_size=40, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=64),
-        auto=CAUSAL,
-        block="transformer.h.{}",
-        qkv=("attn.c_attn",),
-        split=contiguous,
-        o="attn.c_proj",
-        first="ln_1",
-        middle="ln_2",
-        up=("mlp.c_fc",),
-        down="mlp.c_proj",
-    ),
-    "codegen": Case(
-        tf.CodeGenConfig(vocab_size=40, n_embd=32, n_layer=LAYERS, n_head=4, rotary_dim=4, n_positions=64),
-        auto=CAUSAL,
-        block="transformer.h.{}",
+    "gpt2": gpt2(tf.GPT2Config(**GPT2, n_positions=64)),
+    "codegen": gpt2(
+        tf.CodeGenConfig(**GPT2, rotary_dim=4, n_positions=64),
         qkv=("attn.qkv_proj",),
         split=codegen,
         o="attn.out_proj",
-        first="ln_1",
         middle=None,
         up=("mlp.fc_in",),
         down="mlp.fc_out",
     ),
-    "gpt-bigcode, multi-query": bigcode(multi_query=True, kv=1, split=multi_query),
-    "gpt-bigcode, multi-head": bigcode(multi_query=False, split=interleaved),
+    "gpt-bigcode, multi-query": gpt2(tf.GPTBigCodeConfig(**GPT2, multi_query=True), kv=1, split=multi_query),
+    "gpt-bigcode, multi-head": gpt2(tf.GPTBigCodeConfig(**GPT2, multi_query=False), split=interleaved),
     "qwen3-next": llama(
         tf.Qwen3NextConfig(
             **WIDE,

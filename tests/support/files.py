@@ -118,3 +118,13 @@ def damage_weights(path: Path, random: Random) -> None:
         if len(content) < 9:
             break
     path.write_bytes(content)
+
+
+def damaged_copy(good: Path, bad: Path, random: Random) -> None:
+    """Copy the files of an adapter to a folder, and damage the configuration or the weights there."""
+    for path in good.iterdir():
+        (bad / path.name).write_bytes(path.read_bytes())
+    if random.random() < 0.6:
+        damage_config(bad / "adapter_config.json", random)
+    else:
+        damage_weights(bad / "adapter_model.safetensors", random)
