@@ -13,7 +13,7 @@ edits. The module itself knows nothing of any call; see `scope`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -174,8 +174,7 @@ class Interventions(nn.Module, BaseTunerLayer):
         prompt_mask = targets.pop("prompt_mask", None)
         call = self.new_call(labels=inputs.get("labels"), prompt_mask=prompt_mask, targets=targets, inputs=inputs)
         if call.generation is not None:
-            going_on = call.generation.main if prepared else None
-            call.continues = going_on or call.generation.continued_by(self.kind.seq2seq, inputs, prompt_mask)
+            call.continues = call.generation.continued_by(prepared, self.kind.seq2seq, inputs, prompt_mask)
         with call:
             call.handed |= {} if run is None else {run.stack: run}
             output = forward(*args, **kwargs)
@@ -217,11 +216,7 @@ class Interventions(nn.Module, BaseTunerLayer):
 
     def _new_run(self, stack: StackInfo, call: Call, args: tuple, kwargs: dict[str, Any]) -> Run | None:
         cache = cache_in(kwargs)
-        if (
-            stack.causal
-            and _behind_prompts(call, cache)
-            and all(plan.only_prompts(stack.path) for plan in self.plans.values())
-        ):
+        if _behind_prompts(self.plans.values(), stack, call, cache):
             return None
         nodes = [] if call.disabled else list(nodes_of(self, stack.path, call))
         known = call.generation is not None and stack.causal and not torch.compiler.is_compiling()
@@ -298,12 +293,13 @@ class Interventions(nn.Module, BaseTunerLayer):
         return self.holding(Generation(Prompt(real, prompt)))
 
 
-def _behind_prompts(call: Call, cache: Any) -> bool:
-    """Return whether a pass of `generate` lies behind all prompts, as most steps do."""
-    if call.continues is None or call.continues.prompt is None or cache is None:
+def _behind_prompts(plans: Iterable[Plan], stack: StackInfo, call: Call, cache: Any) -> bool:
+    """Return whether this is a step of `generate` that no node can act in, as most steps of most graphs are."""
+    if call.continues is None or call.continues.prompt is None or cache is None or not stack.causal:
         return False
     past = length_of(cache)
-    return isinstance(past, int) and past >= call.continues.prompt.shape[1]
+    behind = isinstance(past, int) and past >= call.continues.prompt.shape[1]
+    return behind and all(plan.only_prompts(stack.path) for plan in plans)
 
 
 def _named(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:

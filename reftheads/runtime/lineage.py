@@ -96,8 +96,16 @@ class Generation:
             self.written = text
         self.begun = True
 
-    def continued_by(self, seq2seq: bool, inputs: Mapping[str, Any], prompt_mask: Tensor | None) -> Prompt:
-        """Return what a call of the base model continues for which `generate` did not prepare the inputs."""
+    def continued_by(
+        self, prepared: bool, seq2seq: bool, inputs: Mapping[str, Any], prompt_mask: Tensor | None
+    ) -> Prompt:
+        """Return what a call of the base model continues.
+
+        Args:
+            prepared: whether `generate` itself prepared the inputs.
+        """
+        if prepared:
+            return self.main
         return self.of_decoder(inputs) if seq2seq else self.prompt_of(inputs, prompt_mask)
 
     def of_stack(self, causal: bool, inputs: Mapping[str, Any], prompt_mask: Tensor | None) -> Prompt | None:
