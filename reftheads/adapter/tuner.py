@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from reftheads._utils.deprecation import renamed
+from reftheads._utils.packing import PACKS
 from reftheads.adapter.config import InterventionConfig
 from reftheads.adapter.files import check_adapter_name
 from reftheads.adapter.fit import check_beside, check_memory, check_nodes, split
@@ -113,9 +114,9 @@ class InterventionTuner(BaseTuner):
         On a CPU it packs them for inference at an evaluation, and no gradient gets through packed weights any more.
         Warns if it has packed them already.
         """
-        four_bit = [m for m in self.model.modules() if hasattr(m, "support_avx512bf16_for_cpu")] if mode else []
+        four_bit = [module for module in self.model.modules() if hasattr(module, PACKS)] if mode else []
         for module in four_bit:
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            setattr(module, PACKS, False)
         if any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in four_bit):  # type: ignore[union-attr]
             warnings.warn(
                 "bitsandbytes has packed the 4-bit weights for inference on this CPU, and no gradient gets through "

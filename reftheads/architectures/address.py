@@ -6,7 +6,8 @@ from typing import Literal
 from torch import nn
 
 from reftheads.architectures.paths import ancestors_of, parent
-from reftheads.architectures.probe import ROWS, TOKENS, Observation
+from reftheads.architectures.probe import Observation
+from reftheads.architectures.small_pass import ROWS, TOKENS
 from reftheads.architectures.structure import StackInfo, Structure
 from reftheads.architectures.widths import Columns
 from reftheads.graph.site import Side, Site
@@ -126,6 +127,7 @@ def _is_chosen(observation: Observation, path: str) -> bool:
 
 
 def model_type(model: nn.Module) -> str:
+    """Return the type that a model's configuration names, or else its class."""
     return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
 
 

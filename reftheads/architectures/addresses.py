@@ -16,7 +16,7 @@ from torch import nn
 from reftheads.architectures.address import Address, as_seen, name_of
 from reftheads.architectures.components import choose_stack, final_norm, locate_in_block, residual_width
 from reftheads.architectures.names import UP, reads_other_stack
-from reftheads.architectures.paths import leaf, own_modules, parent, submodule, within
+from reftheads.architectures.paths import CHILD, leaf, own_modules, parent, submodule, within
 from reftheads.architectures.structure import StackInfo, Structure
 from reftheads.architectures.widths import index_in_range, width_of
 from reftheads.graph.site import BLOCK_COMPONENTS, Side, Site
@@ -69,7 +69,7 @@ def locate(model: nn.Module, site: Site, structure: Structure | None = None) -> 
 def _locate_path(structure: Structure, site: Site) -> Address:
     """Return the address of one side of the module at a dotted path."""
     model, known, path = structure.model, structure.stacks, site.component
-    module = None if path.startswith("interventions.") else submodule(model, path)
+    module = None if within(path, CHILD) else submodule(model, path)
     if module is None:
         close = difflib.get_close_matches(path, [p for p, _ in own_modules(model)], n=3)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see model.named_modules()"

@@ -1,6 +1,5 @@
 """The components of a stack: which stack, which block, and which module of it a word of the vocabulary means."""
 
-from contextlib import suppress
 from dataclasses import replace
 
 from torch import nn
@@ -18,8 +17,8 @@ from reftheads.architectures.blocks import (
 from reftheads.architectures.fused import heads_changed
 from reftheads.architectures.heads import HeadSite, heads_of
 from reftheads.architectures.names import ATTENDS
-from reftheads.architectures.paths import first_child, join, own_modules, within
-from reftheads.architectures.structure import StackInfo, Structure
+from reftheads.architectures.paths import first_child, join
+from reftheads.architectures.structure import StackInfo, Structure, that_embed
 from reftheads.architectures.widths import Columns, index_in_range, known_width, width_of
 from reftheads.graph.site import BLOCK_COMPONENTS, Side, Site, Stack
 
@@ -42,20 +41,11 @@ def choose_stack(structure: Structure, wanted: Stack | None) -> StackInfo:
         raise ValueError(f"{name} has no {role}, only its {names}: leave stack out, or name that one")
     if len(matching) == 1:
         return matching[0]
-    fed = sorted((info for info in matching if _is_fed(model, info)), key=lambda info: -len(info.path))
-    if not fed or (len(fed) > 1 and len(fed[0].path) == len(fed[1].path)):
+    of_text = that_embed(model, matching)
+    if len(of_text) != 1:
         paths = ", ".join(repr(info.path) for info in matching)
         raise ValueError(f"{name} has several {role}s ({paths}): use the dotted path of a module")
-    return fed[0]
-
-
-def _is_fed(model: nn.Module, info: StackInfo) -> bool:
-    """Return whether a stack is the one that gets the embedded tokens of the input."""
-    embeddings = None
-    with suppress(Exception):  # some models have none, and say so by an error of their own
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    paths = [path for path, module in own_modules(model) if module is embeddings]
-    return any(within(path, info.path) for path in paths)
+    return of_text[0]
 
 
 def final_norm(model: nn.Module, info: StackInfo, site: Site) -> Address:
@@ -103,7 +93,7 @@ def locate_in_block(structure: Structure, info: StackInfo, site: Site, layer: in
     heads = heads_of(block, owner, out, component, where, model_type(model))
     if component != "head_output":
         outputs = heads_of(block, owner, out, "head_output", where, model_type(model))
-        _check_order_of_heads(structure, info, path, heads, outputs, where)
+        _check_order_of_heads(structure, info, path, block.get_submodule(owner), heads, outputs, where)
     if site.head is not None:
         head = index_in_range(site.head, len(heads.heads), "head", f"{component} of {name_of(model)}")
         site = replace(site, head=head)
@@ -115,14 +105,26 @@ def locate_in_block(structure: Structure, info: StackInfo, site: Site, layer: in
 
 
 def _check_order_of_heads(
-    structure: Structure, info: StackInfo, block: str, heads: HeadSite, outputs: HeadSite, where: str
+    structure: Structure,
+    info: StackInfo,
+    block: str,
+    attention: nn.Module,
+    heads: HeadSite,
+    outputs: HeadSite,
+    where: str,
 ) -> None:
-    """Raise `ValueError` if features of the first head of a fused projection change what other heads give."""
+    """Raise `ValueError` if features of the first head of a fused projection change what other heads give.
+
+    The order is that of a class, so that one of its attentions is looked at.
+    """
     seen = structure.seen(info)
     if seen is None or not heads.fused:
         return
     paths = join(block, heads.module), join(block, outputs.module)
-    changed = heads_changed(structure.model, seen.part, paths[0], heads.heads[0], paths[1])
+    changed = structure.once(
+        ("heads", type(attention), heads, outputs),
+        lambda: heads_changed(structure.model, seen.part, paths[0], heads.heads[0], paths[1]),
+    )
     group = len(outputs.heads) // len(heads.heads)
     own = {column for features in outputs.heads[:group] for column in features}
     if changed is not None and (not changed or changed - own):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from reftheads.architectures.probe import ROWS, TOKENS, remembered, run
 from reftheads.architectures.sample import Inputs
+from reftheads.architectures.small_pass import rows_unlike, run
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -29,44 +29,41 @@ def heads_changed(
     Returns:
         `None` where the pass does not reach both modules.
     """
-    what = ("heads", part, projection, tuple(columns), out)
-    return remembered(model, what, lambda: _heads_changed(model, part, projection, columns, out))
-
-
-def _heads_changed(
-    model: nn.Module, part: str, projection: str, columns: Sequence[int], out: str
-) -> frozenset[int] | None:
-    entered: list[Float[Tensor, "... features"]] = []
 
     def change(module: nn.Module, args: tuple, output: Any) -> Any:
         index = torch.tensor(list(columns), device=output.device)
         return output.index_copy(-1, index, output[..., index].flip(-1) + 1)
 
+    plain = _entering(model, part, out)
+    changed = None if plain is None else _entering(model, part, out, projection, change)
+    if plain is None or changed is None:
+        return None
+    apart = (plain - changed).abs().flatten(0, -2).amax(0)
+    noise = 20 * torch.finfo(apart.dtype).eps * float(plain.abs().max())
+    return frozenset((apart > noise).nonzero().flatten().tolist())
+
+
+def _entering(
+    model: nn.Module, part: str, out: str, hooked: str = "", hook: Callable[..., Any] | None = None
+) -> Float[Tensor, "... features"] | None:
+    """Return what enters `out` in a small pass; `None` if it is not called just once.
+
+    Args:
+        hook: a forward hook of the module at `hooked`.
+    """
+    entered: list[Tensor] = []
+
+    def begin(_: Inputs) -> None:
+        entered.clear()
+
     def note(module: nn.Module, args: tuple) -> None:
         entered.append(args[0].detach().clone())
 
-    def pass_through() -> bool:
-        count = len(entered)
-        ids = torch.arange(ROWS * TOKENS).view(ROWS, TOKENS)
-
-        def begin(_: Inputs) -> None:
-            del entered[count:]
-
-        return run(model, part, ids, ids.flip(0), begin) and len(entered) == count + 1
-
-    seen = model.get_submodule(out).register_forward_pre_hook(note)
+    handles = [model.get_submodule(out).register_forward_pre_hook(note)]
+    handles += [] if hook is None else [model.get_submodule(hooked).register_forward_hook(hook)]
     try:
-        if not pass_through():
-            return None
-        changed = model.get_submodule(projection).register_forward_hook(change)
-        try:
-            reached = pass_through()
-        finally:
-            changed.remove()
+        finished = run(model, part, *rows_unlike(), begin)
     finally:
-        seen.remove()
-    if not reached:
-        return None
-    apart = (entered[0] - entered[1]).abs().flatten(0, -2).amax(0)
-    noise = 20 * torch.finfo(apart.dtype).eps * float(entered[0].abs().max())
-    return frozenset((apart > noise).nonzero().flatten().tolist())
+        for handle in handles:
+            handle.remove()
+    return entered[0] if finished and len(entered) == 1 else None

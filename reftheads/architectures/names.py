@@ -1,5 +1,7 @@
 """The names that models of the field give to the parts of their blocks."""
 
+from torch import nn
+
 from reftheads.architectures.paths import leaf
 
 QUERY = ("q_proj", "query", "q_lin", "query_proj", "q")
@@ -22,3 +24,8 @@ def reads_other_stack(path: str) -> bool:
 def is_cross(path: str) -> bool:
     """Return whether a path names a cross-attention or what belongs to one."""
     return any(word in path.lower() for word in _CROSS)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a norm, by the name of its class."""
+    return "norm" in type(module).__name__.lower()

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reftheads._utils.eval_mode import evaluating
-from reftheads._utils.kept import nothing_kept
-from reftheads._utils.random_numbers import same_random_numbers
-from reftheads.architectures.paths import CHILD, arguments, leaf, own_modules, parent, within
-from reftheads.architectures.sample import Inputs, samples
+from reftheads.architectures.names import is_norm
+from reftheads.architectures.paths import arguments, leaf, own_modules, parent, within
+from reftheads.architectures.sample import Inputs
+from reftheads.architectures.small_pass import ROWS, TOKENS, listening, rows_apart, run
 
-if TYPE_CHECKING:
-    from jaxtyping import Int
-
-ROWS, TOKENS = 3, 7  # neither is a likely width, number of heads or length of a window
 _KEPT = 64  # models of which it is remembered what was seen
 
 Shape = tuple[int, ...]
@@ -87,18 +79,15 @@ class Observation:
         return any(within(seen, path) for seen in self.modules)
 
 
-_remembered: dict[Any, Any] = {}
+_memories: dict[Any, dict[Any, Any]] = {}
 
 
-def remembered(model: nn.Module, what: Any, look: Callable[[], Any]) -> Any:
-    """Return what `look` shows of a model: it is done once per class, configuration and tree of modules."""
-    key = (what, *_key(model))
-    if key not in _remembered:
-        shown = look()
-        while len(_remembered) >= _KEPT:
-            _remembered.pop(next(iter(_remembered)), None)
-        _remembered[key] = shown
-    return _remembered[key]
+def memory_of(model: nn.Module) -> dict[Any, Any]:
+    """Return what is remembered of models of one class, configuration, type of weights and tree of modules."""
+    key = _key(model)
+    while key not in _memories and len(_memories) >= _KEPT:
+        _memories.pop(next(iter(_memories)), None)
+    return _memories.setdefault(key, {})
 
 
 def observe(model: nn.Module) -> Observation:
@@ -109,10 +98,6 @@ def observe(model: nn.Module) -> Observation:
     so does one with weights on the meta device. Parts that the pass has not reached, such as the towers for images,
     are run by themselves.
     """
-    return remembered(model, "observation", lambda: _observe(model))
-
-
-def _observe(model: nn.Module) -> Observation:
     observation = Observation()
     if any(weight.is_meta for weight in model.parameters()) and not hasattr(model, "_hf_hook"):
         return observation
@@ -120,52 +105,6 @@ def _observe(model: nn.Module) -> Observation:
     for path in _unreached(model, observation):
         _watch(model, path, observation)
     return observation
-
-
-def rows_apart() -> tuple[Int[Tensor, "rows tokens"], Int[Tensor, "rows tokens"]]:
-    """Return numbers of tokens of an input and of an answer, in which one row each has another last token."""
-    ids = torch.arange(TOKENS).repeat(ROWS, 1)
-    answer = ids.clone()
-    ids[1, -1], answer[2, -1] = TOKENS, TOKENS
-    return ids, answer
-
-
-def run(
-    model: nn.Module,
-    part: str,
-    ids: Int[Tensor, "rows tokens"],
-    answer: Int[Tensor, "rows tokens"],
-    begin: Callable[[Inputs], None],
-) -> bool:
-    """Run a part of a model on the first of the samples that it takes, and return whether there was one.
-
-    Args:
-        begin: called with the sample before every attempt.
-    """
-    module = model.get_submodule(part)
-    silent = getattr(getattr(model, CHILD, None), "silent", nullcontext)  # what acts already is not the model's own
-    with torch.no_grad(), nothing_kept(model), evaluating(model), _as_packed(model), same_random_numbers(), silent():
-        torch.manual_seed(0)
-        for inputs in samples(module, ids, answer):
-            begin(inputs)
-            with suppress(Exception):  # whatever it does not like about the sample
-                module(**inputs)
-                return True
-    return False
-
-
-@contextmanager
-def _as_packed(model: nn.Module) -> Iterator[None]:
-    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU: no gradient gets through these any more."""
-    name = "support_avx512bf16_for_cpu"
-    settings = [(module, getattr(module, name)) for module in model.modules() if hasattr(module, name)]
-    for module, _ in settings:
-        setattr(module, name, False)
-    try:
-        yield
-    finally:
-        for module, setting in settings:
-            setattr(module, name, setting)
 
 
 def _key(model: nn.Module) -> Any:
@@ -191,9 +130,8 @@ def _unreached(model: nn.Module, observation: Observation) -> list[str]:
 
 def _watch(model: nn.Module, part: str, observation: Observation) -> None:
     """Run a part of a model, and add what that shows to an observation."""
-    module = model.get_submodule(part)
     watching = _Watching(model, part)
-    with watching.hooks(module):
+    with listening(watching.modules, watching.before, watching.after):
         finished = run(model, part, *rows_apart(), begin=watching.begin)
     if not finished:
         return
@@ -219,19 +157,8 @@ class _Watching:
         self.of_text = not inputs.keys().isdisjoint({"input_ids", "inputs_embeds"})  # an encoder's, not an answer
         self._left: dict[str, Tensor | None] = {}  # by list, what the member that was called last has returned
 
-    @contextmanager
-    def hooks(self, module: nn.Module) -> Iterator[None]:
-        """Within, look at what each module is given and returns."""
-        with ExitStack() as hooks:
-            for path, module in self.modules:
-                first = next(iter(arguments(module)), "")
-                before, after = partial(self._before, path, first), partial(self._after, path)
-                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(after).remove)
-            yield
-
-    def _before(self, path: str, first: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        entered = hidden(args[0] if args else kwargs.get(first))
+    def before(self, path: str, module: nn.Module, entered: Tensor | None) -> None:
+        """Note what a module is given."""
         seen = self.observation.modules.setdefault(path, Seen())
         shape = None if entered is None else tuple(entered.shape)
         seen.entered = shape if not seen.calls or seen.entered == shape else None
@@ -247,8 +174,7 @@ class _Watching:
                 of_list.by_token = entered is not None and _by_token(entered)
                 of_list.of_text = of_list.by_token or self.of_text
             of_list.order.append(int(leaf(path)))
-
-        if entered is not None and "norm" in type(module).__name__.lower():
+        if entered is not None and is_norm(module):
             self._notice_norm(path, entered)
 
     def _notice_norm(self, path: str, entered: Tensor) -> None:
@@ -259,8 +185,8 @@ class _Watching:
             if done and seen.norm is None and left is not None and same(left, entered):
                 seen.norm = path
 
-    def _after(self, path: str, module: nn.Module, args: tuple, output: Any) -> None:
-        left = hidden(output)
+    def after(self, path: str, left: Tensor | None) -> None:
+        """Note what a module returns."""
         seen = self.observation.modules[path]
         shape = None if left is None else tuple(left.shape)
         seen.left = shape if seen.calls == 1 or seen.left == shape else None
@@ -270,15 +196,6 @@ class _Watching:
             of_list.causal = _causal(left) if of_list.of_text else None
         elif path == self.part:
             self.observation.causal = _causal(left) if self.of_text else None
-
-
-def hidden(value: Any) -> Tensor | None:
-    """Return what is taken for hidden states: a tensor of numbers, or the first element of a tuple or list."""
-    if isinstance(value, tuple | list) and value:
-        value = value[0]
-    elif isinstance(value, dict) and value:  # an output of transformers
-        value = next(iter(value.values()))
-    return value if isinstance(value, Tensor) and value.is_floating_point() else None
 
 
 def same(one: Tensor, other: Tensor) -> bool:

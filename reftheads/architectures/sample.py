@@ -68,7 +68,7 @@ def device_of(model: nn.Module) -> torch.device:
 def _tokens(model: nn.Module, numbers: Int[Tensor, "rows tokens"]) -> Int[Tensor, "rows tokens"]:
     """Return token ids, a different one for each number, none of them special."""
     config: Any = getattr(model, "config", None)
-    special = set() if config is None else set(_special(config.to_dict()))
+    special = set() if config is None else set(special_tokens(config.to_dict()))
     usual = [token for token in range(4, min(_vocabulary(model), 1000)) if token not in special]
     spread = max(len(usual) // (int(numbers.max()) + 1), 1)  # not all of one neighbourhood
     table = torch.tensor(usual[::spread] or [0])
@@ -86,11 +86,11 @@ def _vocabulary(model: nn.Module) -> int:
     return max(tables, default=100)
 
 
-def _special(settings: Any, name: str = "") -> Iterator[int]:
-    """Yield the ids of all tokens that a configuration names."""
+def special_tokens(settings: Any, name: str = "") -> Iterator[int]:
+    """Yield the ids of all tokens that a configuration, as a dictionary, names."""
     if isinstance(settings, dict):
         for key, value in settings.items():
-            yield from _special(value, str(key))
+            yield from special_tokens(value, str(key))
     elif name.endswith(("token_id", "token_index", "token_ids")):
         values = settings if isinstance(settings, list | tuple) else [settings]
         yield from (value for value in values if isinstance(value, int))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from reftheads.architectures.paths import arguments
-from reftheads.architectures.probe import ROWS, TOKENS, hidden, remembered, run
+from reftheads.architectures.names import is_norm
 from reftheads.architectures.sample import Inputs
+from reftheads.architectures.small_pass import listening, rows_unlike, run
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -42,22 +41,16 @@ def steps_of_blocks(model: nn.Module, part: str, blocks: Sequence[str]) -> dict[
         By path of the block the steps that add; `None` where no steps lead from x to y. Blocks that did not run are
         left out, and so are those that run several times.
     """
-    return remembered(model, ("steps", part, *blocks), lambda: _watch(model, part, blocks))
+    watched = {path: _Block() for path in blocks}
 
-
-def _watch(model: nn.Module, part: str, blocks: Sequence[str]) -> dict[str, tuple[Step, ...] | None]:
-    watched = {path: _Block(model.get_submodule(path)) for path in blocks}
-    # no two rows alike, so that numbers of no feature can be fitted by chance
-    ids = torch.arange(ROWS * TOKENS).view(ROWS, TOKENS)
-    with ExitStack() as hooks:
+    def begin(_: Inputs) -> None:
         for block in watched.values():
-            hooks.enter_context(block.hooks())
+            block.begin()
 
-        def begin(_: Inputs) -> None:
-            for block in watched.values():
-                block.begin()
-
-        run(model, part, ids, ids.flip(0), begin)
+    with ExitStack() as hooks:
+        for path, block in watched.items():
+            hooks.enter_context(listening(model.get_submodule(path).named_modules(), block.before, block.after))
+        run(model, part, *rows_unlike(), begin)  # no two tokens alike, so that no numbers are fitted by chance
     return {path: block.steps for path, block in watched.items() if block.calls == 1}
 
 
@@ -74,8 +67,7 @@ class _Tensor:
 class _Block:
     """Collects what goes through the modules of one block in a pass, and finds the steps when the block is done."""
 
-    def __init__(self, block: nn.Module):
-        self.block = block
+    def __init__(self) -> None:
         self.begin()
 
     def begin(self) -> None:
@@ -87,30 +79,20 @@ class _Block:
         self.time = 0
         self.x: Tensor | None = None
 
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        """Within, look at what each module of the block is given and returns."""
-        with ExitStack() as hooks:
-            for path, module in self.block.named_modules():
-                first = next(iter(arguments(module)), "")
-                before, after = partial(self._before, path, first), partial(self._after, path)
-                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(after).remove)
-            yield
-
-    def _before(self, path: str, first: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before(self, path: str, module: nn.Module, entered: Tensor | None) -> None:
+        """Note what a module of the block, or the block itself, is given."""
         self.time += 1
-        entered = hidden(args[0] if args else kwargs.get(first))
         if not path:
             self.calls += 1
             self.entered, self.left = [], []
             self.x = None if entered is None else entered.clone()
         elif (value := self._by_token(entered)) is not None:
-            self.entered.append(_Tensor(path, self.time, value, "norm" in type(module).__name__.lower()))
+            self.entered.append(_Tensor(path, self.time, value, is_norm(module)))
 
-    def _after(self, path: str, module: nn.Module, args: tuple, output: Any) -> None:
+    def after(self, path: str, left: Tensor | None) -> None:
+        """Note what a module returns; of the block itself, find the steps."""
         self.time += 1
-        value = self._by_token(hidden(output))
+        value = self._by_token(left)
         if path and value is not None:
             self.left.append(_Tensor(path, self.time, value))
         elif not path:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from reftheads.architectures.blocks import attention_owner
 from reftheads.architectures.paths import ancestors_of, arguments, first_child, join, own_modules, parent, within
-from reftheads.architectures.probe import ListSeen, Observation, observe
+from reftheads.architectures.probe import ListSeen, Observation, memory_of, observe
 from reftheads.architectures.stream import Step, steps_of_blocks
 from reftheads.graph.site import Stack
 
@@ -57,6 +59,7 @@ class Structure:
         model: the model.
         stacks: its stacks.
         observation: what a small pass through it showed.
+        memory: what is known of all models of its kind, for `once`.
 
     Example:
         ```python
@@ -70,19 +73,25 @@ class Structure:
     model: nn.Module
     stacks: tuple[StackInfo, ...]
     observation: Observation
-    _steps: dict[str, dict[str, tuple[Step, ...] | None]] = field(default_factory=dict)
+    memory: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> Structure:
-        """Look at a model, which takes one small pass through it."""
-        observation = observe(model)
-        return cls(model, _stacks(model, observation), observation)
+        """Look at a model, which takes one small pass through the first of its kind."""
+        memory = memory_of(model)
+        observation = _once(memory, "observation", lambda: observe(model))
+        return cls(model, _stacks(model, observation), observation, memory)
+
+    def once(self, what: Any, look: Callable[[], Any]) -> Any:
+        """Return what `look` finds out about a model, which it does for the first of its kind."""
+        return _once(self.memory, what, look)
 
     @property
     def why_no_blocks(self) -> str:
         """Return why a model has no blocks."""
-        runs = [(path, seen) for path, seen in self.observation.lists.items() if path.count(".") < 4]
-        for path, seen in runs:
+        lists = self.observation.lists
+        outermost = [path for path in lists if lists.keys().isdisjoint(ancestors_of(path))]
+        for path, seen in ((path, lists[path]) for path in outermost):
             if len(set(seen.order)) < len(seen.order):
                 return f"it runs the same blocks several times ({path!r}), so that a layer has no module of its own"
             if len(seen.order) > 1 and not seen.chained:
@@ -98,9 +107,7 @@ class Structure:
         seen = self.seen(info)
         if seen is None:
             return {}
-        if info.blocks[0] not in self._steps:
-            self._steps[info.blocks[0]] = steps_of_blocks(self.model, seen.part, info.blocks)
-        return self._steps[info.blocks[0]]
+        return self.once(("steps", *info.blocks), lambda: steps_of_blocks(self.model, seen.part, info.blocks))
 
 
 def stacks(model: nn.Module) -> tuple[StackInfo, ...]:
@@ -119,7 +126,13 @@ def stacks(model: nn.Module) -> tuple[StackInfo, ...]:
         ['model.layers.0']
         ```
     """
-    return _stacks(model, observe(model))
+    return Structure.of(model).stacks
+
+
+def _once(memory: dict[Any, Any], what: Any, look: Callable[[], Any]) -> Any:
+    if what not in memory:
+        memory[what] = look()
+    return memory[what]
 
 
 def _stacks(model: nn.Module, observation: Observation) -> tuple[StackInfo, ...]:
@@ -136,6 +149,16 @@ def _stacks(model: nn.Module, observation: Observation) -> tuple[StackInfo, ...]
         return tuple(infos)
     causal = observation.causal if observation.causal is not None else _keeps_a_cache(model)
     return (StackInfo("", (), "decoder" if causal else "encoder", None),)
+
+
+def that_embed(model: nn.Module, infos: Iterable[StackInfo]) -> list[StackInfo]:
+    """Return of some stacks the innermost that hold the model's embeddings of tokens: those of its text."""
+    embeddings = None
+    with suppress(Exception):  # models of images or sounds have none, and say so by an error of their own
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    paths = [path for path, module in own_modules(model) if module is embeddings]
+    embed = [info for info in infos if any(within(path, info.path) for path in paths)]
+    return [info for info in embed if all(len(info.path) >= len(other.path) for other in embed)]
 
 
 def _are_blocks(model: nn.Module, observation: Observation, path: str, members: nn.ModuleList) -> bool:

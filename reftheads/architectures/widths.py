@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from reftheads.architectures.names import ATTENDS, ATTENTION_OUT, DOWN, UP
+from reftheads.architectures.names import ATTENDS, ATTENTION_OUT, DOWN, UP, is_norm
 from reftheads.architectures.paths import first_child
 from reftheads.graph.site import Side
 
@@ -22,7 +22,7 @@ def width_of(module: nn.Module, side: Side) -> int | None:
     if isinstance(module, nn.Embedding):
         return module.embedding_dim if side == "output" else None
     shape = getattr(module, "normalized_shape", None)
-    if shape is None and "norm" in type(module).__name__.lower():
+    if shape is None and is_norm(module):
         shape = getattr(getattr(module, "weight", None), "shape", ())
     if shape:
         return shape[-1]

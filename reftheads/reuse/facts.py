@@ -10,7 +10,7 @@ from torch import nn
 
 from reftheads._utils.lazy import cached
 from reftheads.architectures.paths import arguments
-from reftheads.architectures.structure import StackInfo, stacks
+from reftheads.architectures.structure import StackInfo, stacks, that_embed
 from reftheads.graph.intervention import Head
 from reftheads.reuse.fingerprint import Fingerprint
 from reftheads.runtime.interventions import Interventions
@@ -54,8 +54,8 @@ class Facts:
         known = stacks(base) if compiled is None else compiled
         fed = [stack for stack in known if stack.role == "encoder" or not layer.kind.seq2seq]
         if len(fed) > 1:  # beside the text, pictures or sound
-            fed = [stack for stack in fed if _embeds_tokens(base, stack)]
-            fed = [stack for stack in fed if all(len(stack.path) >= len(other.path) for other in fed)]
+            takes_tokens = [stack for stack in fed if "input_ids" in arguments(base.get_submodule(stack.path))]
+            fed = that_embed(base, takes_tokens)
         if len(fed) != 1:
             raise ValueError(
                 f"activations can be reused in models with one stack of blocks that is fed, not {len(fed)}"
@@ -121,13 +121,3 @@ class Facts:
     def dtype(self) -> torch.dtype:
         """Return the type of the first of the base model's floating-point weights."""
         return next((p.dtype for p in self.base.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _embeds_tokens(base: Any, stack: StackInfo) -> bool:
-    """Return whether a stack is that of the text: it takes tokens, and the model's embeddings of them are its own."""
-    module = base.get_submodule(stack.path)
-    try:
-        embeddings = base.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return False
-    return "input_ids" in arguments(module) and any(part is embeddings for part in module.modules())

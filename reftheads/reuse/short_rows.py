@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from reftheads.architectures.paths import arguments
+from reftheads.architectures.sample import special_tokens
 from reftheads.graph.intervention import IGNORE
 from reftheads.reuse.facts import Facts
 
@@ -85,7 +86,7 @@ def _tokens(facts: Facts, lengths: Sequence[int]) -> list[Int[Tensor, " tokens"]
     """Return rows of ordinary tokens; where a row is classified, its last one is that which ends a text."""
     base: Any = facts.base
     config = base.config.to_dict() if hasattr(base, "config") else {}
-    special = set(_special(config))
+    special = set(special_tokens(config))
     projections = (base.get_input_embeddings(), base.get_output_embeddings())
     size = min(projection.weight.shape[0] for projection in projections if projection is not None)
     ordinary = [i for i in range(size // 4, size) if i not in special] or [0]
@@ -101,12 +102,3 @@ def _tokens(facts: Facts, lengths: Sequence[int]) -> list[Int[Tensor, " tokens"]
 def _padding(facts: Facts) -> int:
     padding = getattr(getattr(facts.base, "config", None), "pad_token_id", None)
     return padding if isinstance(padding, int) and padding >= 0 else 0
-
-
-def _special(config: Mapping[str, Any]) -> Iterator[int]:
-    """Yield the ids of tokens that a configuration gives a meaning."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _special(value)
-        elif str(name).endswith(("token_id", "token_index", "token_ids")):
-            yield from value if isinstance(value, list | tuple) else [value]
