@@ -92,7 +92,7 @@ def as_seen(structure: Structure, info: StackInfo | None, address: Address) -> A
         )
     of_text = of_blocks.of_text if of_blocks is not None else observation.of_text
     around = [of_blocks] if of_blocks is not None else [observation.lists.get(a) for a in ancestors_of(path)]
-    form = _form(shape, of_text, any(members is not None and members.by_token for members in around))
+    form = _form(shape, of_text, {members.columns for members in around if members is not None})
     if form is None:
         raise ValueError(
             f"the {where} has the shape {list(shape)} for {ROWS} rows of {TOKENS} tokens, whose columns are not these "
@@ -107,17 +107,21 @@ def as_seen(structure: Structure, info: StackInfo | None, address: Address) -> A
     return replace(address, width=width, form=form)
 
 
-def _form(shape: tuple[int, ...], of_text: bool, by_token: bool) -> Form | None:
-    """Return how a tensor that was seen holds the tokens of the pass; `None` if it does not."""
+def _form(shape: tuple[int, ...], of_text: bool, columns: set[int | None]) -> Form | None:
+    """Return how a tensor that was seen holds the tokens of the pass; `None` if it does not.
+
+    Args:
+        columns: how many columns enter the blocks around it, where tokens stand first among them.
+    """
     if not of_text:
         return "rows" if len(shape) == 3 and shape[0] == ROWS else None
     if shape[:-1] in ((ROWS, TOKENS), (ROWS * TOKENS,)):
         return "rows"
     if shape[:-1] == (TOKENS, ROWS):
         return "columns"
-    # filled up to a multiple of a window, not one stream beside the other
+    # filled up to a multiple of a window before the blocks, not within one, and not one stream beside the other
     padded = len(shape) == 3 and shape[0] == ROWS and shape[1] > TOKENS and shape[1] % TOKENS
-    return "filled" if padded and by_token else None
+    return "filled" if padded and shape[1] in columns else None
 
 
 def _is_chosen(observation: Observation, path: str) -> bool:

@@ -43,7 +43,8 @@ class ListSeen:
         order: the members in the order in which they were called.
         chained: whether each was given what the one before had returned, unchanged.
         causal: whether what leaves the last of them depends on no later token; `None` if that could not be seen.
-        by_token: whether what enters the first of them has a column for each token, in their order, and perhaps more.
+        columns: how many columns enter the first of them, one for each token, in their order, and perhaps more; `None`
+            if what enters it has another form.
         of_text: whether the pass was one over tokens.
         part: path of the module that was run.
         norm: path of the first norm beside or above the list that is given what the last member returns.
@@ -52,7 +53,7 @@ class ListSeen:
     order: list[int] = field(default_factory=list)
     chained: bool = True
     causal: bool | None = None
-    by_token: bool = False
+    columns: int | None = None
     of_text: bool = True
     part: str = ""
     norm: str | None = None
@@ -171,8 +172,8 @@ class _Watching:
             if of_list.order:
                 of_list.chained &= before is not None and entered is not None and same(before, entered)
             else:
-                of_list.by_token = entered is not None and _by_token(entered)
-                of_list.of_text = of_list.by_token or self.of_text
+                of_list.columns = None if entered is None else _columns_of_tokens(entered)
+                of_list.of_text = of_list.columns is not None or self.of_text
             of_list.order.append(int(leaf(path)))
         if entered is not None and is_norm(module):
             self._notice_norm(path, entered)
@@ -230,7 +231,9 @@ def _causal(h: Tensor | None) -> bool | None:
     return any(columns == [TOKENS - 1] for columns in apart) if apart else None
 
 
-def _by_token(h: Tensor) -> bool:
-    """Return whether rows that differ in their last token differ in its column alone."""
+def _columns_of_tokens(h: Tensor) -> int | None:
+    """Return how many columns a tensor has whose rows, which differ in their last token, differ in its column alone."""
     rows = _in_rows(h)
-    return rows is not None and any(columns == [TOKENS - 1] for columns in _columns_apart(rows))
+    if rows is None or [TOKENS - 1] not in _columns_apart(rows):
+        return None
+    return rows.shape[1]

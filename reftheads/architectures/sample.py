@@ -37,7 +37,8 @@ def samples(model: nn.Module, ids: Int[Tensor, "rows tokens"], answer: Int[Tenso
     if text and "bbox" in takes:  # where on a page each token stands
         text["bbox"] = torch.zeros(*ids.shape, 4, dtype=torch.long, device=device_of(model))
     rows = len(ids)
-    images = {name: _image(model, rows) for name in _IMAGES if name in takes}
+    other = 1 if seq2seq else 2  # the row that has another image: not the one whose text or answer must stand out
+    images = {name: _image(model, rows, other) for name in _IMAGES if name in takes}
     sounds = [{name: sound} for name in _SOUNDS if name in takes for sound in _sounds(model, name, rows)]
     if text:
         yield plain | text
@@ -96,8 +97,8 @@ def special_tokens(settings: Any, name: str = "") -> Iterator[int]:
         yield from (value for value in values if isinstance(value, int))
 
 
-def _image(model: nn.Module, rows: int) -> Float[Tensor, "rows channels height width"]:
-    """Return random images; the second and the third differ from the first in the last corner."""
+def _image(model: nn.Module, rows: int, other: int) -> Float[Tensor, "rows channels height width"]:
+    """Return one random image for all rows but one, whose image differs from it in the last corner."""
     config: Any = getattr(model, "config", None)
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", None) or 32
@@ -106,7 +107,7 @@ def _image(model: nn.Module, rows: int) -> Float[Tensor, "rows channels height w
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
     images = torch.randn(1, channels, height, width).repeat(rows, 1, 1, 1)
-    images[1:, :, -1, -1] += 1
+    images[other, :, -1, -1] += 1
     return images.to(device_of(model), _dtype(model))
 
 

@@ -184,7 +184,7 @@ def _keep_form(observation: Observation, path: str, seen: ListSeen) -> bool:
     members = [observation.modules[join(path, str(i))] for i in seen.order]
     forms = {shape for member in members for shape in (member.entered, member.left)}
     form = forms.pop()
-    return not forms and form is not None and len(form) == 3 and seen.by_token
+    return not forms and form is not None and len(form) == 3 and seen.columns is not None
 
 
 def _stack_info(model: nn.Module, observation: Observation, path: str, blocks: nn.ModuleList) -> StackInfo:

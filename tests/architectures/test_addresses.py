@@ -696,6 +696,26 @@ def test_both_halves_of_an_encoder_decoder_model_look_as_they_do(config: type, c
     assert tuple(info.causal for info in stacks(model)) == causal
 
 
+def test_whether_tokens_see_later_ones_is_seen_beside_an_image() -> None:
+    """BLIP runs on no text without an image; what an image changes is no later token."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    text = sizes | dict(vocab_size=40, encoder_hidden_size=32, max_position_embeddings=64, is_decoder=True)
+    model = tiny(
+        tf.BlipConfig(text_config=text, vision_config=sizes | dict(image_size=8, patch_size=4)),
+        tf.AutoModelForImageTextToText,
+    )
+    assert {info.path: info.causal for info in stacks(model)} == {"vision_model": False, "text_decoder.bert": True}
+
+
+def test_columns_that_a_block_fills_up_by_itself_are_refused() -> None:
+    """Every second attention of Pegasus-X has half a block of zeros before its tokens."""
+    small = {k: v for k, v in BART.items() if k != "max_position_embeddings"} | dict(block_size=8)
+    model = tiny(tf.PegasusXConfig(**small), tf.AutoModelForSeq2SeqLM)
+    assert locate(model, Site(0, "attention_input", stack="encoder")).form == "filled"
+    with pytest.raises(ValueError, match="whose columns are not these tokens"):
+        locate(model, Site(1, "attention_input", stack="encoder"))
+
+
 @pytest.mark.parametrize("model_type", ["mamba", "fnet"])
 def test_a_block_without_its_halves_is_the_identity(model_type: str) -> None:
     """`attention_output` means the layer that mixes tokens, whatever it is called."""
