@@ -16,7 +16,6 @@ from transformers.modeling_outputs import BaseModelOutput
 from reftheads.graph.intervention import IGNORE
 from reftheads.graph.selection import Selection
 from reftheads.graph.tokens import Tokens
-from reftheads.interventions.losses import or_zero
 from reftheads.reuse.cone import Cone
 from reftheads.reuse.eligibility import Eligibility
 from reftheads.reuse.facts import Facts
@@ -26,6 +25,7 @@ from reftheads.reuse.prefix_cache import cache_of, growing
 from reftheads.reuse.recorder import Recorded, Recorder
 from reftheads.reuse.split import OURS, Split, shifted
 from reftheads.reuse.store import ActivationStore
+from reftheads.reuse.vocabulary import losses_of, token_losses
 from reftheads.runtime.acting import read
 from reftheads.runtime.hooks import ending, in_this_thread
 from reftheads.runtime.interventions import RUN
@@ -156,39 +156,31 @@ class Execution:
         layout, labels = batch.rows.layout, batch.given["labels"]
         wanted = layout.pick(shifted(labels)).masked_fill(~layout.real.to(labels.device), IGNORE).flatten()
         where = (wanted != IGNORE).nonzero()[:, 0]
-        handle = lm_head.register_forward_pre_hook(in_this_thread(partial(_only, where)))
+        apart = self.eligibility.gives_projection
+        at_labels: list[Tensor] = []
+        handle = lm_head.register_forward_pre_hook(in_this_thread(partial(_only, where, at_labels, apart)))
         try:
             out = self.facts.base(**batch.inputs, **batch.targets, **{RUN: batch.run})
         finally:
             handle.remove()
+        of_labels = wanted[where]
+        of_tokens = token_losses(at_labels[0], of_labels, lm_head) if apart else losses_of(out.logits[0], of_labels)
         adapters = side_by_side(self.facts.layer, call, len(labels))
         counts = [len(where)]
         if adapters:  # rows come one adapter after the other
             share = wanted.numel() // len(adapters)
             counts = torch.bincount(where // share, minlength=len(adapters)).tolist()
-        options = {name: batch.given[name] for name in ("num_items_in_batch",) if name in batch.given}
-        losses = [
-            self._loss(logits, of_logits, options)
-            for logits, of_logits in zip(out.logits.split(counts, 1), wanted[where].split(counts), strict=True)
-        ]
+        items = batch.given.get("num_items_in_batch")
+        losses = [_mean(part, items) for part in of_tokens.split(counts)]
         loss = losses[0]
         if adapters:
-            scales = [1 if options else count / max(len(where), 1) for count in counts]
+            scales = [1 if items is not None else count / max(len(where), 1) for count in counts]
             loss = torch.stack([part * scale for part, scale in zip(losses, scales, strict=True)]).sum()
         heads = out.get("head_loss")
         values: dict[str, Any] = {"loss": loss if heads is None else loss + heads, "logits": None}
         values |= {"past_key_values": None} if hasattr(out, "past_key_values") else {}
         by_adapter = {"adapter_loss": dict(zip(adapters, losses, strict=True))} if adapters else {}
         return replaced(out, **values, **by_adapter)
-
-    def _loss(
-        self, logits: Float[Tensor, "1 labelled vocabulary"], labels: Int[Tensor, " labelled"], options: dict[str, Any]
-    ) -> Float[Tensor, ""]:
-        base: Any = self.facts.base
-        loss = base.loss_function(
-            logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=labels, **options
-        )
-        return or_zero(loss, labels)
 
     def prefilled(
         self,
@@ -232,8 +224,20 @@ def _read(run: Run, act: Acting, rows: Rows, seen: Sequence[Float[Tensor, "selec
     read(run, act, h, selection, mask.shape[1])
 
 
-def _only(where: Int[Tensor, " labelled"], module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-    return (args[0].flatten(0, 1)[where.to(args[0].device)][None],)
+def _only(
+    where: Int[Tensor, " labelled"], at_labels: list[Tensor], apart: bool, module: nn.Module, args: tuple[Tensor, ...]
+) -> tuple[Tensor]:
+    """Keep the hidden states of tokens with a label, and let the projection see them, or none where it comes later."""
+    hidden = args[0].flatten(0, 1)[where.to(args[0].device)]
+    at_labels.append(hidden)
+    return (hidden[None, :0] if apart else hidden[None],)
+
+
+def _mean(losses: Float[Tensor, " labelled"], items: int | Tensor | None) -> Float[Tensor, ""]:
+    """Return the mean over the labelled tokens, or over so many; 0 where there are none."""
+    if isinstance(items, Tensor):
+        items = items.to(losses.device)
+    return losses.sum() / (max(len(losses), 1) if items is None else items)
 
 
 def _laid_out(hidden: list[Float[Tensor, "tokens width"]], rows: Rows) -> Float[Tensor, "rows computed width"]:

@@ -141,6 +141,26 @@ def shifts_labels(facts: Facts) -> bool | None:
     return bool(torch.isclose(output.loss.double(), usual.double(), rtol=1e-3))
 
 
+def gives_projection(facts: Facts) -> bool:
+    """Return whether a model's logits are what its vocabulary projection returns, neither scaled nor capped."""
+    base: Any = facts.base
+    returned: list[Any] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        returned.append(output)
+
+    handle = base.get_output_embeddings().register_forward_hook(in_this_thread(keep))
+    ids = torch.zeros(1, 2, dtype=torch.long, device=facts.device)
+    try:
+        with torch.no_grad(), facts.layer.silent(), torch.random.fork_rng(), evaluating(base):
+            logits = base(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    except Exception:  # a model that is fed more than tokens
+        return False
+    finally:
+        handle.remove()
+    return len(returned) == 1 and logits is returned[0]
+
+
 def _takes_any(module: nn.Module) -> bool:
     """Return whether a module's forward takes arguments of any name."""
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())

@@ -49,7 +49,7 @@ def test_heads_with_labels_run_no_block_after_the_first_epoch() -> None:
     assert float(plain.output.head_loss) < float(plain.loss)
     lm_head = model.get_base_model().lm_head
     assert replayed(model, batch, *inside(model)) == []
-    assert replayed(model, batch, lm_head) == [int((batch["labels"] != -100).sum())]
+    assert sum(replayed(model, batch, lm_head)) == int((batch["labels"] != -100).sum())
 
 
 def test_no_block_runs_above_the_last_head_if_there_are_no_labels() -> None:
@@ -77,7 +77,7 @@ def test_the_first_pass_runs_no_further_than_somebody_looks() -> None:
 def test_the_vocabulary_is_seen_by_tokens_with_a_label_alone(name: str) -> None:
     model, batch = intervened(base_of(name), loreft(1, "f1")), usual_batch()
     lm_head = model.get_base_model().get_output_embeddings()
-    assert replayed(model, batch, lm_head) == [int((batch["labels"] != -100).sum())]
+    assert sum(replayed(model, batch, lm_head)) == int((batch["labels"] != -100).sum())
     with model.reusing(None):
         assert model(**batch).logits is None
 
