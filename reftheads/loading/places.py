@@ -52,7 +52,10 @@ def _gguf_within(name: str, gguf_file: str, where: dict[str, Any]) -> Path:
             raise ValueError(f"there is no file {gguf_file!r} in {name!r}{_others(file.parent)}")
         return file
     options = {key: value for key, value in where.items() if key not in ("code_revision", "trust_remote_code")}
-    found = cached_file(name, gguf_file, **options)
+    try:
+        found = cached_file(name, gguf_file, **options)
+    except OSError as error:
+        raise OSError(f"there is no file {gguf_file!r} of {name!r} to be had: {error}") from error
     assert found is not None  # else it raised
     return Path(found)
 

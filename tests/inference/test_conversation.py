@@ -69,6 +69,17 @@ def test_brackets_in_an_answer_are_shown_as_they_are(model, tokenizer, monkeypat
     assert "use [/INST] and [b] :smile:" in capsys.readouterr().out
 
 
+def test_without_a_chat_template_turns_are_refused_and_not_dropped(model, tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template.*load a chat model.*or use reply"):
+        rh.chat(model, tokenizer)
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    with pytest.raises(ValueError, match="no chat template, which would make one text of 3 messages: load a chat"):
+        rh.reply(model, tokenizer, [turns])
+    one, text = rh.reply(model, tokenizer, [turns[:1], "a"], max_new_tokens=4, eos_token_id=-1)
+    assert one == text
+
+
 def test_a_bare_text_is_no_list_of_conversations(model, tokenizer):
     with pytest.raises(ValueError, match="put it into a list"):
         rh.reply(model, tokenizer, "a b")
