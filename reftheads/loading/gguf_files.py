@@ -21,8 +21,8 @@ from transformers import (
 
 from reftheads.loading.kinds import model_class
 
-# names of ways to cut a text into words, of which transformers takes the first step, that digits are apart, not over
-_DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"}
+# ways to cut a text into words that first set every digit apart, a step that transformers leaves out
+_DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def _model(opened: GGUF) -> PreTrainedModel:
         cls = AutoModelForCausalLM
     else:
         cls = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModel
-    options: dict[str, Any] = {"config": config, "gguf_file": file.name, "dtype": "auto", "output_loading_info": True}
+    options: dict[str, Any] = {"config": config, "gguf_file": file.name, "output_loading_info": True}
+    options["dtype"] = torch.float32  # which holds what blocks, float16 and bfloat16 stand for
     if hasattr(transformers, "GgufConfig"):  # older releases never keep the weights in the file's blocks
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model, info = cls.from_pretrained(file.parent, **options)  # type: ignore[misc]

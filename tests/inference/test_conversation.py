@@ -45,6 +45,7 @@ def test_a_closed_terminal_ends_the_chat(model, tokenizer, monkeypatch):
     def closed(self, prompt):
         raise EOFError
 
+    tokenizer.chat_template = TEMPLATE
     monkeypatch.setattr("rich.console.Console.input", closed)
     assert rh.chat(model, tokenizer) is None
 
@@ -58,6 +59,7 @@ def test_a_reply_is_made_in_evaluation_mode_and_leaves_the_mode_as_it_was(tokeni
 
 
 def test_brackets_in_an_answer_are_shown_as_they_are(model, tokenizer, monkeypatch, capsys):
+    tokenizer.chat_template = TEMPLATE
     lines = iter(["a", ""])
     monkeypatch.setattr("rich.console.Console.input", lambda self, prompt: next(lines))
     monkeypatch.setattr(

@@ -27,6 +27,7 @@ PARTS = {
 
 
 def random_llama() -> tf.LlamaForCausalLM:
+    """A Llama of two layers, with grouped queries and a matrix of its own for the logits."""
     return tf.LlamaForCausalLM(tf.LlamaConfig(**CONFIG)).eval()
 
 
