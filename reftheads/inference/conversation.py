@@ -23,12 +23,12 @@ def reply(
 
     Args:
         conversations: each a list of messages that ends with the user's, or just what the user says.
-            A tokenizer without chat template gets the text of the last message as it is.
+            A tokenizer without chat template gets the text of the only message as it is.
         batch_size: conversations that are answered at the same time.
         generate: goes to `model.generate`; left out, greedy and at most 64 new tokens.
 
     Raises:
-        ValueError: a text instead of a list.
+        ValueError: a text instead of a list; several messages for a tokenizer without chat template.
 
     Example:
         ```python
@@ -63,7 +63,12 @@ def reply(
 def _prompt(tokenizer: PreTrainedTokenizerBase, conversation: str | Sequence[Message]) -> str:
     messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
     if not tokenizer.chat_template:
-        return messages[-1]["content"]
+        if len(messages) > 1:
+            raise ValueError(
+                f"this tokenizer has no chat template, which would make one text of {len(messages)} messages: load a "
+                "chat model, give its tokenizer a chat_template, or write the text yourself and give that alone"
+            )
+        return messages[0]["content"]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)  # type: ignore[arg-type]
     assert isinstance(text, str)
     return text
@@ -78,6 +83,9 @@ def chat(model: Any, tokenizer: PreTrainedTokenizerBase, *, system: str | None =
         system: a system message to begin with.
         generate: goes to `model.generate`, as in `reply`.
 
+    Raises:
+        ValueError: a tokenizer without chat template.
+
     Example:
         ```python
         >>> from unittest.mock import patch
@@ -90,6 +98,11 @@ def chat(model: Any, tokenizer: PreTrainedTokenizerBase, *, system: str | None =
         you
         ```
     """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "this tokenizer has no chat template, so that nothing would tell turns apart: load a chat model, such as "
+            '"smollm2-135m", give its tokenizer a chat_template, or use reply, which takes texts as they are'
+        )
     console = Console()
     console.print(
         "[dim]An empty line ends the chat; /base switches the intervention off and on, /new starts afresh.[/]"

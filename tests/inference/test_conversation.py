@@ -45,6 +45,7 @@ def test_a_closed_terminal_ends_the_chat(model, tokenizer, monkeypatch):
     def closed(self, prompt):
         raise EOFError
 
+    tokenizer.chat_template = TEMPLATE
     monkeypatch.setattr("rich.console.Console.input", closed)
     assert rh.chat(model, tokenizer) is None
 
@@ -58,6 +59,7 @@ def test_a_reply_is_made_in_evaluation_mode_and_leaves_the_mode_as_it_was(tokeni
 
 
 def test_brackets_in_an_answer_are_shown_as_they_are(model, tokenizer, monkeypatch, capsys):
+    tokenizer.chat_template = TEMPLATE
     lines = iter(["a", ""])
     monkeypatch.setattr("rich.console.Console.input", lambda self, prompt: next(lines))
     monkeypatch.setattr(
@@ -67,6 +69,17 @@ def test_brackets_in_an_answer_are_shown_as_they_are(model, tokenizer, monkeypat
     )
     rh.chat(model, tokenizer)
     assert "use [/INST] and [b] :smile:" in capsys.readouterr().out
+
+
+def test_without_a_chat_template_turns_are_refused_and_not_dropped(model, tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template.*load a chat model.*or use reply"):
+        rh.chat(model, tokenizer)
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    with pytest.raises(ValueError, match="no chat template, which would make one text of 3 messages: load a chat"):
+        rh.reply(model, tokenizer, [turns])
+    one, text = rh.reply(model, tokenizer, [turns[:1], "a"], max_new_tokens=4, eos_token_id=-1)
+    assert one == text
 
 
 def test_a_bare_text_is_no_list_of_conversations(model, tokenizer):

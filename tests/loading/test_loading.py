@@ -1,6 +1,7 @@
 """Loading a base model and its tokenizer."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,3 +159,18 @@ def test_code_of_a_checkpoint_runs_for_all_parts_if_it_is_trusted(with_code, mon
     base, tokenizer = rh.load_base(folder, trust_remote_code=True)
     assert mark.exists()
     assert [type(x).__name__ for x in (base, base.config, tokenizer)] == ["OwnModel", "OwnConfig", "OwnTokenizer"]
+
+
+def test_auto_is_the_type_that_this_machine_computes_fast(tokenizer, tmp_path):
+    SAVED["text"]().half().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # instructions for bfloat16, as the operating system names them
+        flags = Path("/proc/cpuinfo")
+        if not flags.exists():
+            pytest.skip("no list of what the processor can")
+        fast = {"avx512_bf16", "amx_tile"} & set(flags.read_text().split())
+    assert rh.load_base(str(tmp_path), dtype="auto")[0].dtype == (torch.bfloat16 if fast else torch.float32)
+    assert rh.load_base(str(tmp_path))[0].dtype == torch.float16  # left out, the checkpoint's own
+    assert rh.load_base("tiny-chat", dtype="auto")[0].dtype == (torch.bfloat16 if fast else torch.float32)
