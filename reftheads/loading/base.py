@@ -91,6 +91,8 @@ def load_base(
             drop_nothing(config)
         load = (auto_class or model_class(config, trust_remote_code)).from_pretrained
         model = load(path, config=config, dtype=dtype, **where, **kwargs).eval()
+        if isinstance(place, Path):  # what a saved adapter says it is for: the file, not its conversion
+            model.name_or_path = model.config._name_or_path = name if name == SMOLLM2 else str(place)
         return model, _tokenizer(path, model, where)  # type: ignore[return-value]
 
 

@@ -189,6 +189,8 @@ def test_an_adapter_on_a_file_is_saved_and_loaded(file, tmp_path):
     graph = rh.InterventionGraph(rh.Node(rh.LoReFT(2), layer=1, positions="l1"))
     model = rh.InterventionModel(rh.load_base(file)[0], graph)
     model.save_pretrained(tmp_path / "adapter")
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(file)
     loaded = rh.InterventionModel.from_pretrained(rh.load_base(file)[0], tmp_path / "adapter")
     assert same(model, loaded)
 
