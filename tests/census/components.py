@@ -86,7 +86,7 @@ class Components:
 
     def _own(self, h: Tensor) -> Tensor:
         """Return a tensor without the padding that a model adds after the row by itself."""
-        tokens = len(self.exam.row)
+        tokens = self.exam.width
         longer = self.exam.subject.ids is not None and h.ndim == 3 and h.shape[0] == 1
         return h[:, :tokens] if longer and tokens < h.shape[1] < 2 * tokens else h
 

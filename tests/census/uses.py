@@ -174,8 +174,11 @@ class Uses:
             self._runs(batch)
             for rule in ("l1", "f2+l2"):
                 model = self.model(self.edit(rule))
-                wanted = [columns(rule, row[:n]) for row, n in zip(tokens, PROMPTS, strict=True)]
+                wanted = [columns(rule, row[: self._prompt(n)]) for row, n in zip(tokens, PROMPTS, strict=True)]
                 expected, got = self.exam.hand(self.by_hand(model, wanted), batch), self.exam.output(model, batch)
+                if expected.ndim == 2:  # of the last token alone
+                    self.exam.equal(got, expected, f"{rule} with labels, padding {side}")
+                    continue
                 for i, row in enumerate(tokens):
                     self.exam.equal(got[i, row], expected[i, row], f"{rule} with labels, padding {side}, row {i}")
 
@@ -189,19 +192,23 @@ class Uses:
     def _trains(self, batch: dict[str, Tensor]) -> None:
         """Raise `Nothing` where the model by itself has no gradient."""
         inputs = {name: value for name, value in batch.items() if name != "y"}
+        model = copy.deepcopy(self.exam.base).train()  # which counts the means of batches anew
         try:
-            first_tensor(self.exam.base.train()(**inputs)).sum().backward()
+            first_tensor(model(**inputs)).sum().backward()
         except Exception as error:
             raise Nothing(f"the model itself has no gradient: {type(error).__name__}: {error}"[:200]) from None
-        finally:
-            self.exam.base.eval()
 
     def _labels(self, batch: dict[str, Tensor], tokens: list[list[int]]) -> Tensor:
         """Return labels on what follows each prompt."""
         labels = torch.full_like(batch["input_ids"], -100)
         for i, (row, prompt) in enumerate(zip(tokens, PROMPTS, strict=True)):
-            labels[i, row[prompt:]] = batch["input_ids"][i, row[prompt:]]
+            answer = row[self._prompt(prompt) :]
+            labels[i, answer] = batch["input_ids"][i, answer]
         return labels
+
+    def _prompt(self, words: int) -> int:
+        """Return how many tokens a prompt of so many words has."""
+        return len(self.subject.kind.prefix) + words
 
     # --- generation -----------------------------------------------------------------------------------------------
 
@@ -234,7 +241,7 @@ class Uses:
             inputs = batch | {"decoder_input_ids": sequences}
             return self.exam.hand(changes, inputs)[:, -NEW - 1 : -1]
         mask = nn.functional.pad(batch["attention_mask"], (0, NEW), value=1)
-        inputs = batch | {"input_ids": sequences, "attention_mask": mask}
+        inputs = batch | self.subject.beside(sequences) | {"input_ids": sequences, "attention_mask": mask}
         if self.subject.positions:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         return self.exam.hand(changes, inputs)[:, -NEW - 1 : -1]
