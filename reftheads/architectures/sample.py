@@ -80,10 +80,13 @@ def _tokens(model: nn.Module, numbers: Int[Tensor, "rows tokens"]) -> Int[Tensor
 def _vocabulary(model: nn.Module) -> int:
     """Return how many tokens a model knows."""
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None)
-    if isinstance(size, int):
-        return size
+    texts = [config]
+    if hasattr(config, "get_text_config"):  # an encoder and a decoder may know different ones
+        texts = [config.get_text_config(decoder=True), config.get_text_config(encoder=True), config]
+    sizes = [getattr(text, "vocab_size", None) for text in texts]
+    known = [size for size in sizes if isinstance(size, int)]
+    if known:
+        return min(known)
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     return max(tables, default=100)
 

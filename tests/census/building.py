@@ -174,7 +174,10 @@ def subject(species: Species) -> Subject:
     reason = ""
     for dtype in (torch.float64, torch.float32):
         model = build(species, dtype)
+        takes = inspect.signature(model.forward).parameters
         for kind in _inputs(model, species, dtype):
+            if kind.ids is not None and kind.ids not in takes:  # it would be taken without a word, and left aside
+                continue
             made = Subject(species, model, dtype, kind)
             try:
                 _try(made)
