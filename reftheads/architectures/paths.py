@@ -2,6 +2,8 @@
 
 import inspect
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any
 
 from torch import nn
 
@@ -63,3 +65,10 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def arguments(module: nn.Module) -> list[str]:
     """Return the names of what a module's forward takes, in order."""
     return list(inspect.signature(module.forward).parameters)
+
+
+def token_embeddings(model: nn.Module) -> Any:
+    """Return the embeddings of a model's tokens; `None` if it has none, as some say by an error of their own."""
+    with suppress(Exception):
+        return model.get_input_embeddings()  # type: ignore[operator]
+    return None

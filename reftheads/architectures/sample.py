@@ -34,17 +34,19 @@ def samples(model: nn.Module, ids: Int[Tensor, "rows tokens"], answer: Int[Tenso
     if seq2seq:
         plain["decoder_input_ids"] = _tokens(model, answer)
     text: Inputs = {"input_ids": _tokens(model, ids)} if "input_ids" in takes else {}
-    if text and "bbox" in takes:  # where on a page each token stands
-        text["bbox"] = torch.zeros(*ids.shape, 4, dtype=torch.long, device=device_of(model))
+    texts = [text] if text else []
+    if text and "bbox" in takes:  # where on a page each token stands, which some count in whole numbers
+        place = torch.zeros(*ids.shape, 4, device=device_of(model))
+        texts = [text | {"bbox": place.long()}, text | {"bbox": place.to(_dtype(model))}]
     rows = len(ids)
     other = 1 if seq2seq else 2  # the row that has another image: not the one whose text or answer must stand out
     images = {name: _image(model, rows, other) for name in _IMAGES if name in takes}
     sounds = [{name: sound} for name in _SOUNDS if name in takes for sound in _sounds(model, name, rows)]
-    if text:
+    for text in texts:
         yield plain | text
-        masked = plain | text | {"attention_mask": torch.ones_like(text["input_ids"])}
         if "attention_mask" in takes:
-            yield masked
+            yield plain | text | {"attention_mask": torch.ones_like(text["input_ids"])}
+    for text in texts:
         if images:
             yield plain | text | images
         for sound in sounds:
@@ -79,10 +81,13 @@ def _tokens(model: nn.Module, numbers: Int[Tensor, "rows tokens"]) -> Int[Tensor
 def _vocabulary(model: nn.Module) -> int:
     """Return how many tokens a model knows."""
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None)
-    if isinstance(size, int):
-        return size
+    texts = [config]
+    if hasattr(config, "get_text_config"):  # an encoder and a decoder may know different ones
+        texts = [config.get_text_config(decoder=True), config.get_text_config(encoder=True), config]
+    sizes = [getattr(text, "vocab_size", None) for text in texts]
+    known = [size for size in sizes if isinstance(size, int)]
+    if known:
+        return min(known)
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     return max(tables, default=100)
 
@@ -114,17 +119,26 @@ def _image(model: nn.Module, rows: int, other: int) -> Float[Tensor, "rows chann
 def _sounds(model: nn.Module, name: str, rows: int) -> Iterator[Tensor]:
     """Yield random sounds, or features of them, in the shapes that are usual."""
     config: Any = getattr(model, "config", None)
-    audio = getattr(config, "audio_config", config)
     device, dtype = device_of(model), _dtype(model)
     if name == "input_values":
         yield torch.randn(1, _SAMPLES).repeat(rows, 1).to(device, dtype)
-    bins = next((getattr(audio, name) for name in _BINS if getattr(audio, name, None)), 80)
+    said = [(part, getattr(part, name, None)) for part in _parts(config) for name in _BINS]
+    audio, bins = next(((part, value) for part, value in said if isinstance(value, int) and value), (config, 80))
     positions = getattr(audio, "max_source_positions", None)
     frames = 2 * positions if isinstance(positions, int) and positions <= 1500 else _FRAMES
     features = torch.randn(1, bins, frames).repeat(rows, 1, 1).to(device, dtype)
     yield features
     yield features.transpose(1, 2)
     yield features.transpose(1, 2)[:, None]
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """Yield the configuration of a sound's encoder where it is known by name, then the whole one and its parts."""
+    if config is None:
+        return
+    names = ("audio_config", *config.sub_configs) if hasattr(config, "sub_configs") else ("audio_config",)
+    parts = {name: getattr(config, name, None) for name in names}
+    yield from (part for part in (parts.pop("audio_config"), config, *parts.values()) if part is not None)
 
 
 def _vectors(model: nn.Module, numbers: Int[Tensor, "rows tokens"]) -> Float[Tensor, "rows tokens width"]:

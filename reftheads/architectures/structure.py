@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from reftheads.architectures.blocks import attention_owner
-from reftheads.architectures.paths import ancestors_of, arguments, first_child, join, own_modules, parent, within
+from reftheads.architectures.paths import (
+    ancestors_of,
+    arguments,
+    first_child,
+    join,
+    own_modules,
+    parent,
+    token_embeddings,
+    within,
+)
 from reftheads.architectures.probe import ListSeen, Observation, memory_of, observe
 from reftheads.architectures.stream import Step, steps_of_blocks
 from reftheads.graph.site import Stack
@@ -153,9 +161,7 @@ def _stacks(model: nn.Module, observation: Observation) -> tuple[StackInfo, ...]
 
 def that_embed(model: nn.Module, infos: Iterable[StackInfo]) -> list[StackInfo]:
     """Return of some stacks the innermost that hold the model's embeddings of tokens: those of its text."""
-    embeddings = None
-    with suppress(Exception):  # models of images or sounds have none, and say so by an error of their own
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    embeddings = token_embeddings(model)
     paths = [path for path, module in own_modules(model) if module is embeddings]
     embed = [info for info in infos if any(within(path, info.path) for path in paths)]
     return [info for info in embed if all(len(info.path) >= len(other.path) for other in embed)]

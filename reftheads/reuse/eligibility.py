@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from reftheads.architectures.paths import arguments, own_modules
+from reftheads.architectures.paths import arguments, own_modules, token_embeddings
 from reftheads.reuse.cone import Cone
 from reftheads.reuse.facts import Facts
 from reftheads.reuse.frozen import gives_projection, has_usual_loss, keeps_pieces, output_of_block, shifts_labels
@@ -76,7 +76,7 @@ class Eligibility:
             return f"the base model has dropout in training mode ({active}); load_base(…, dropout=False) has none"
         if any(module.training for module in self._batch_norms):
             return "batch norms in training mode mix the rows of a batch"
-        embeddings: Any = getattr(facts.base, "get_input_embeddings", lambda: None)()  # type: ignore[operator]
+        embeddings = token_embeddings(facts.base)
         if getattr(embeddings, "neftune_noise_alpha", None) and embeddings.training:
             return "embeddings get noise in training mode (neftune_noise_alpha)"
         if getattr(getattr(facts.base, "config", None), "expert_capacity", None) is not None:

@@ -129,7 +129,10 @@ def has_usual_loss(base: nn.Module) -> bool:
 def shifts_labels(facts: Facts) -> bool | None:
     """Return whether a model's loss is that which its function makes of the next tokens; `None` if it has none."""
     base: Any = facts.base
-    ids = torch.arange(4, device=facts.device)[None] % base.get_output_embeddings().weight.shape[0]
+    projection = base.get_output_embeddings()
+    if projection is None:
+        return None
+    ids = torch.arange(4, device=facts.device)[None] % projection.weight.shape[0]
     labels = ids.masked_fill(ids == 1, IGNORE)
     options = {"num_items_in_batch": 3} if _takes_any(base) else {}
     try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from reftheads.architectures.paths import arguments
+from reftheads.architectures.paths import arguments, token_embeddings
 from reftheads.architectures.sample import special_tokens
 from reftheads.graph.intervention import IGNORE
 from reftheads.reuse.facts import Facts
@@ -87,7 +87,7 @@ def _tokens(facts: Facts, lengths: Sequence[int]) -> list[Int[Tensor, " tokens"]
     base: Any = facts.base
     config = base.config.to_dict() if hasattr(base, "config") else {}
     special = set(special_tokens(config))
-    projections = (base.get_input_embeddings(), base.get_output_embeddings())
+    projections = (token_embeddings(base), base.get_output_embeddings())
     size = min(projection.weight.shape[0] for projection in projections if projection is not None)
     ordinary = [i for i in range(size // 4, size) if i not in special] or [0]
     generator = torch.Generator().manual_seed(0)

@@ -2,8 +2,9 @@
 
 import gc
 import inspect
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import transformers as tf
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as mappings
 
-from census.shrinking import WORDS, parts, tiny
+from census.shrinking import VOCAB, WORDS, parts, tiny
 
 GROUPS = {
     "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
@@ -24,6 +25,13 @@ GROUPS = {
     "audio": ("AutoModelForAudioClassification", "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES"),
 }
 """Group of the census -> the class that builds its models, and the table of transformers with its types."""
+
+CLASSES = {
+    "evolla": "EvollaForProteinText2Text",
+    "musicgen": "MusicgenForConditionalGeneration",
+    "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+}
+"""Types that the class of their group does not build of the configuration -> the class that does."""
 
 ROWS = (12, 9)
 """Tokens of the rows of a ragged batch; padding is shorter than any window."""
@@ -64,10 +72,12 @@ def build(species: Species, dtype: torch.dtype = torch.float64) -> Any:
     Raises:
         Exception: whatever transformers says of a type that cannot be built.
     """
-    auto = getattr(tf, GROUPS[species.group][0])
     config = configuration(species)
     torch.manual_seed(0)
-    model = auto.from_config(config)
+    if species.model_type in CLASSES:
+        model = getattr(tf, CLASSES[species.model_type])(config)
+    else:
+        model = getattr(tf, GROUPS[species.group][0]).from_config(config)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped products know no float64
     if config.is_encoder_decoder and getattr(model, "generation_config", None) is not None:
@@ -91,22 +101,47 @@ def configuration(species: Species) -> Any:
     return config
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Describe inputs that a model may run with.
+
+    Attributes:
+        ids: the name of the tokens' argument; None where a model has none.
+        extra: what a row is given beside its tokens: [1 …] tensors, such as pixels or the decoder's tokens.
+        prefix: tokens that each row begins with, such as those that stand for an image.
+        beside: what goes with each token, made of the ids: [rows tokens] -> [rows tokens …].
+    """
+
+    ids: str | None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    prefix: tuple[int, ...] = ()
+    beside: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+
 @dataclass
 class Subject:
     """A model under examination, and how batches of it are made.
 
     Attributes:
-        extra: what a row is given beside its tokens: [1 …] tensors, such as pixels or the decoder's tokens.
-        ids: the name of the tokens' argument; None where a model has none.
+        kind: the inputs that it runs with.
         positions: whether its forward takes `position_ids` that count each row's tokens.
     """
 
     species: Species
     model: Any
     dtype: torch.dtype
-    extra: dict[str, Tensor]
-    ids: str | None
-    positions: bool
+    kind: Kind
+    positions: bool = False
+
+    @property
+    def ids(self) -> str | None:
+        """Return the name of the tokens' argument; None where the model has none."""
+        return self.kind.ids
+
+    @property
+    def extra(self) -> dict[str, Tensor]:
+        """Return what a row is given beside its tokens."""
+        return self.kind.extra
 
     @property
     def exact(self) -> float:
@@ -118,12 +153,16 @@ class Subject:
         made = {name: value.expand(len(rows), *value.shape[1:]).clone() for name, value in self.extra.items()}
         if self.ids is None:
             return made
-        text = padded(rows, side, pad_id(self.model))
+        text = padded([[*self.kind.prefix, *row] for row in rows], side, pad_id(self.model))
         if self.ids != "input_ids":
             return made | {self.ids: text["input_ids"], "decoder_attention_mask": text["attention_mask"]}
         if self.positions:
             text["position_ids"] = (text["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        return made | text
+        return made | text | self.beside(text["input_ids"])
+
+    def beside(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return what goes with each token."""
+        return {name: made(ids) for name, made in self.kind.beside.items()}
 
 
 def subject(species: Species) -> Subject:
@@ -135,8 +174,11 @@ def subject(species: Species) -> Subject:
     reason = ""
     for dtype in (torch.float64, torch.float32):
         model = build(species, dtype)
-        for ids, extra in _inputs(model, species, dtype):
-            made = Subject(species, model, dtype, extra, ids, False)
+        takes = inspect.signature(model.forward).parameters
+        for kind in _inputs(model, species, dtype):
+            if kind.ids is not None and kind.ids not in takes:  # it would be taken without a word, and left aside
+                continue
+            made = Subject(species, model, dtype, kind)
             try:
                 _try(made)
             except Exception as error:  # the next kind of input may do
@@ -177,58 +219,148 @@ def _counts_positions(made: Subject) -> bool:
     try:
         with torch.no_grad():
             plain = first_tensor(made.model(**batch))
-            counted = first_tensor(made.model(**batch, position_ids=torch.arange(12).expand(2, -1)))
+            count = torch.arange(batch["input_ids"].shape[1]).expand(2, -1)
+            counted = first_tensor(made.model(**batch, position_ids=count))
     except Exception:  # it takes other ones
         return False
     return plain.shape == counted.shape and torch.allclose(plain, counted, rtol=1e-5, atol=1e-6)
 
 
-def _inputs(model: Any, species: Species, dtype: torch.dtype) -> Iterator[tuple[str | None, dict[str, Tensor]]]:
-    """Yield kinds of inputs to try: the tokens' argument, and what goes beside it, the simplest first."""
+def _inputs(model: Any, species: Species, dtype: torch.dtype) -> Iterator[Kind]:
+    """Yield kinds of inputs to try, the simplest first."""
     random = torch.Generator().manual_seed(3)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(1, *shape, generator=random, dtype=torch.float64).to(dtype)
 
-    answer = torch.tensor(words((6,), seed=5))
-    config = model.config
-    sizes = {
-        size
-        for part in parts(config)
-        for size in [getattr(part, "image_size", None)]
-        for size in [size[0] if isinstance(size, list | tuple) and size else size]
-        if isinstance(size, int)
-    }
-    pixels = [noise(3, size, size) for size in sorted(sizes | {16, 32, 64})]
+    pixels = [noise(3, size, size) for size in _image_sizes(model.config)]
     if species.group == "vision":
-        yield from ((None, {"pixel_values": p}) for p in pixels)
-        yield "input_ids", {}  # ImageGPT takes tokens
+        yield from (Kind(None, {"pixel_values": p}) for p in pixels)
+        yield Kind("input_ids")  # ImageGPT takes tokens
+        yield Kind(None, _patches(noise(16, 3 * 4 * 4)))
+        yield from (Kind("input_ids", {"pixel_values": p}, _stand_ins(model.config)) for p in pixels)
         return
-    if species.group not in ("audio", "speech"):
-        if config.is_encoder_decoder:
-            yield "input_ids", {"decoder_input_ids": answer}
-        yield "input_ids", {}
-        yield from (("input_ids", {"pixel_values": p}) for p in pixels)
-        yield from (("input_ids", {"pixel_values": p, "decoder_input_ids": answer}) for p in pixels)
-        yield from (("input_ids", {"pixel_values": p[:, None], "decoder_input_ids": answer}) for p in pixels)
-        yield from (("input_ids", {"pixel_values": p[:, None]}) for p in pixels)
-        yield from (("decoder_input_ids", {"pixel_values": p}) for p in pixels)
-        yield "decoder_input_ids", {"flattened_patches": noise(8, 2 + 3 * 16)}
+    if species.group == "speech":  # Dia speaks a text
+        yield from _codes(model.config, "num_channels")
+    elif species.group != "audio":
+        yield from _texts(model.config, pixels, noise)
+    yield from _sounds(model.config, noise, species.group != "audio")
+
+
+Noise = Callable[..., Tensor]
+
+
+def _image_sizes(config: Any) -> list[int]:
+    """Return the widths of images that may do."""
+    given = (getattr(part, "image_size", None) for part in parts(config))
+    sizes = {size[0] if isinstance(size, list | tuple) and size else size for size in given}
+    return sorted({size for size in sizes if isinstance(size, int)} | {16, 32, 64})
+
+
+def _patches(patches: Tensor) -> dict[str, Tensor]:
+    """Return an image that is given as its patches: [1 patches values]."""
+    side = int(patches.shape[1] ** 0.5)
+    mask = torch.ones(patches.shape[:2], dtype=torch.long)
+    return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor([[side, side]])}
+
+
+def _stand_ins(config: Any) -> tuple[int, ...]:
+    """Return the tokens that stand for an image or a sound in a text, as far as the configuration says."""
+    for name in ("image_token_id", "image_token_index", "video_token_index"):
+        token = getattr(config, name, None)
+        if isinstance(token, int):
+            counts = (getattr(config, n, None) for n in ("num_query_tokens", "mm_tokens_per_image", "num_image_tokens"))
+            return (token,) * next((count for count in counts if isinstance(count, int)), 4)
+    return ()
+
+
+def _texts(config: Any, pixels: list[Tensor], noise: Noise) -> Iterator[Kind]:
+    """Yield kinds of inputs that have a text, and perhaps an image."""
+    answer = torch.tensor(words((6,), seed=5))
+    second = {"decoder_input_ids": answer}
+    if config.is_encoder_decoder:
+        box = noise(4).abs()
+        yield Kind("input_ids", second)
+        yield Kind("input_ids", second, beside={"bbox": lambda ids: box.expand(*ids.shape, 4)})
+    yield Kind("input_ids")
+    yield from _codes(config, "num_codebooks")
+    if _stand_ins(config):
+        yield from (Kind("input_ids", {"pixel_values": p}, _stand_ins(config)) for p in pixels)
+    for more in ({}, second):
+        yield from (Kind("input_ids", {"pixel_values": p} | more) for p in pixels)
+    for more in (second, {}):
+        yield from (Kind("input_ids", {"pixel_values": p[:, None]} | more) for p in pixels)
+    yield from (Kind("decoder_input_ids", {"pixel_values": p}) for p in pixels)
+    yield Kind("decoder_input_ids", {"flattened_patches": noise(8, 2 + 3 * 16).abs()})
+    yield from _images_in_text(config, pixels, noise)
+    protein = torch.tensor(words((7,), seed=6))
+    yield Kind("input_ids", {"protein_input_ids": protein, "protein_attention_mask": torch.ones_like(protein)})
+
+
+def _images_in_text(config: Any, pixels: list[Tensor], noise: Noise) -> Iterator[Kind]:
+    """Yield kinds of inputs where tokens of the text stand for the image, or see it."""
+    tokens = _stand_ins(config)
+    question = {"qformer_input_ids": torch.tensor(words((3,), seed=6))}
+    robot = {"state": noise(32), "noise": noise(50, 32), "timestep": torch.tensor([0.5]), "pixel_attention_mask": _YES}
+    for p in pixels:
+        yield Kind("input_ids", {"pixel_values": p} | question, tokens)
+        yield Kind("input_ids", {"pixel_values": p[:, None].expand(-1, 4, -1, -1, -1)} | question, tokens * 4)
+        yield Kind("input_ids", {"pixel_values": p[:, None]}, beside={"image_attention_mask": _everywhere})
+        yield Kind("input_ids", {"pixel_values": p[:, None]} | robot, tokens)
+    latent = getattr(config, "latent_query_num", 0)
+    if latent:  # which tokens stand for the image is said beside them
+        stand_in = VOCAB - 1
+        where = {"image_embeds_position_mask": lambda ids: ids == stand_in}
+        yield from (Kind("input_ids", {"pixel_values": p}, (stand_in,) * latent, where) for p in pixels)
+
+
+def _codes(config: Any, name: str) -> Iterator[Kind]:
+    """Yield kinds of inputs where a token has an id of each of several codebooks, whose number has a name."""
+    counts = {getattr(part, name, None) for part in parts(config)}
+    for count in sorted(count for count in counts if isinstance(count, int)):
+        answers = torch.tensor(words((6,) * count, seed=5))
+        yield Kind("input_ids", {"decoder_input_ids": answers[None]})
+        yield Kind("input_ids", {"decoder_input_ids": answers.T.contiguous()[None]})
+        yield Kind("input_ids", beside={"input_ids": partial(_repeated, count=count + 1)})
+
+
+def _repeated(ids: Tensor, count: int) -> Tensor:
+    """[rows tokens] -> [rows tokens count]."""
+    return ids[..., None].repeat(1, 1, count)
+
+
+_YES = torch.ones(1, 1, dtype=torch.bool)
+
+
+def _everywhere(ids: Tensor) -> Tensor:
+    """Return that each token sees the one image: [rows tokens images]."""
+    return torch.ones(*ids.shape, 1, dtype=torch.long)
+
+
+def _sounds(config: Any, noise: Noise, asks: bool) -> Iterator[Kind]:
+    """Yield kinds of inputs that have a sound, and tokens of an answer where the model asks for them."""
     bands = {
         value
         for part in parts(config)
-        for name in ("num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim", "n_mels")
+        for name in ("num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim", "n_mels", "d_model")
         for value in [getattr(part, name, None)]
         if isinstance(value, int)
     }
     sounds = {"input_values": [noise(2000), noise(128, 64)], "input_features": []}
     for band in sorted(bands | {64, 80, 128}):
         sounds["input_features"] += [noise(band, 256), noise(256, band), noise(64, band)]
+    for band in sorted(bands):  # a sound that runs beside the tokens
+        yield Kind("input_ids", beside={"input_features": partial(_running, noise(band, 1000))})
     for name, values in sounds.items():
         for value in values:
-            if species.group != "audio":
-                yield "decoder_input_ids", {name: value}
-            yield None, {name: value}
+            if asks:
+                yield Kind("decoder_input_ids", {name: value})
+            yield Kind(None, {name: value})
+
+
+def _running(sound: Tensor, ids: Tensor) -> Tensor:
+    """Return the beginning of a sound, 8 frames for each token: [rows bands frames]."""
+    return sound[..., : 8 * ids.shape[1]].expand(len(ids), -1, -1)
 
 
 def words(rows: Iterable[int] = ROWS, seed: int = 0) -> list[list[int]]:

@@ -86,8 +86,9 @@ class Components:
 
     def _own(self, h: Tensor) -> Tensor:
         """Return a tensor without the padding that a model adds after the row by itself."""
-        tokens = len(self.exam.row)
-        longer = self.exam.subject.ids is not None and h.ndim == 3 and h.shape[0] == 1
+        tokens = self.exam.width
+        of_tokens = self.exam.subject.ids == "input_ids" or self.exam.subject.ids and self.stack.role != "encoder"
+        longer = of_tokens and h.ndim == 3 and h.shape[0] == 1
         return h[:, :tokens] if longer and tokens < h.shape[1] < 2 * tokens else h
 
     def leaving(self, layer: int) -> Tensor:

@@ -92,6 +92,11 @@ class Exam:
         return self.subject.batch([self.row])
 
     @property
+    def width(self) -> int:
+        """Return how many tokens that row has."""
+        return len(self.subject.kind.prefix) + len(self.row)
+
+    @property
     def pairs(self) -> bool:
         """Return whether the model has an encoder and a decoder."""
         return bool(self.base.config.is_encoder_decoder)
@@ -102,9 +107,8 @@ class Exam:
         if self.pairs and len(lists) > 1:
             return [Stack("encoder", lists[-2]), Stack("decoder", lists[-1])]  # convolutions may run before them
         if self.subject.ids is not None:
-            width = len(self.row)
             lists = [
-                c for c in lists if width in self.record.values(c.blocks[0], c.into[0].side)[0].shape[:-1]
+                c for c in lists if self.width in self.record.values(c.blocks[0], c.into[0].side)[0].shape[:-1]
             ] or lists
         best = [c for c in lists if c.exact] or lists
         return [Stack(None, best[-1])] if best else []

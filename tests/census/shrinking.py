@@ -123,6 +123,9 @@ _SECTIONED = (
 _STAGES = {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 16, "window_size": 2, "patch_size": 2}
 
 TYPES: dict[str, dict[str, Any]] = {
+    "blip-2": {"image_token_index": VOCAB - 1},
+    "instructblip": {"image_token_index": VOCAB - 1},
+    "instructblipvideo": {"video_token_index": VOCAB - 1},
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {
@@ -156,6 +159,18 @@ TYPES: dict[str, dict[str, Any]] = {
     },
     "dots3_note_audio_encoder": {"adapter_input_size": WIDTH},
     "dots3_note_text": _NO_RANKS | _DOTS3,
+    "efficientnet": {
+        "image_size": 64,
+        "width_coefficient": 1.0,
+        "depth_coefficient": 1.0,
+        "in_channels": (32, 8, 16, 16),
+        "out_channels": (8, 16, 16, 16),
+        "kernel_sizes": (3, 3, 3, 3),
+        "strides": (1, 2, 1, 2),
+        "num_block_repeats": (1, 2, 2, 1),
+        "expand_ratios": (1, 2, 2, 2),
+        "hidden_dim": 1280,
+    },
     "emu3": {
         "vocabulary_map": {"<image>": VOCAB - 1, "<|extra_200|>": VOCAB - 2, "<|visual token 000000|>": VOCAB - 3}
     },
@@ -177,8 +192,32 @@ TYPES: dict[str, dict[str, Any]] = {
         "window_size": 2,
     },
     "focalnet": {"embed_dim": 16, "depths": (2, 2), "focal_levels": (1, 1), "focal_windows": (3, 3)},
+    "evolla": {
+        "protein_encoder_config": {
+            "hidden_size": WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": HEADS,
+            "intermediate_size": 64,
+            "vocab_size": VOCAB,
+            "max_position_embeddings": 128,
+        },
+        "aligner_num_add_layers": 2,
+        "resampler_depth": 1,
+        "resampler_num_latents": 4,
+    },
+    "fun_asr_nano": {
+        "adaptor_config": {"hidden_size": WIDTH, "intermediate_size": WIDTH // 4},
+        "text_config": {"head_dim": 8},
+        "audio_config": {"num_timestamp_prediction_layers": 1},
+    },
     "gemma3n_text": _SHARED_KV,
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "gemma4_assistant": {
+        "text_config": {
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+            "num_kv_shared_layers": LAYERS,
+        }
+    },
     "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": LAYERS}},
     "gemma4_text": {"global_head_dim": 16},
     "gemma4_unified_text": _SHARED_KV | {"global_head_dim": 16},
@@ -213,13 +252,21 @@ TYPES: dict[str, dict[str, Any]] = {
         "image_size": 64,
         "patch_size": KEEP,
     },
+    "kyutai_speech_to_text": {
+        "codec_config": {"codebook_size": 128, "upsample_groups": 4},
+        "codebook_vocab_size": VOCAB,
+    },
     "lilt": {"hidden_size": 48},
     "mamba2": {"num_heads": HEADS, "head_dim": 16, "n_groups": 1},
+    "moonshine_streaming": {"num_key_value_heads": HEADS, "encoder_config": {"sliding_windows": ((8, 4), (8, 0)) * 2}},
     "ministral": {"head_dim": 8},
     "mobilevit": {"hidden_sizes": (16, 16, 16), "neck_hidden_sizes": (8, 8, 8, 8, 16, 16, 16), "image_size": 64},
     "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}},
     "mobilevitv2": {"base_attn_unit_dims": (16, 16, 16), "image_size": 64, "patch_size": 2},
     "moshi": {"audio_encoder_config": {"codebook_size": 128}},
+    "musicgen": {"audio_encoder": {"codebook_size": 64}, "decoder": {"num_codebooks": 2}},
+    "musicgen_melody": {"audio_encoder": {"codebook_size": 64}, "decoder": {"num_codebooks": 2}},
+    "nemo_speechlm": {"word_timestamp_config": {"blank_token_id": VOCAB - 1}},
     "nemotron": {"num_key_value_heads": 2},
     "pegasus_x": {"block_size": 8},
     "perceiver": {
@@ -231,6 +278,15 @@ TYPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
     },
     "phi4_multimodal_audio": {"nemo_conv_channels": 16},
+    "pp_formulanet_vision": {
+        "window_size": 2,
+        "output_channels": 16,
+        "global_attn_indexes": (1, 3),
+        "post_conv_in_channels": 16,
+        "post_conv_mid_channels": 16,
+        "post_conv_out_channels": WIDTH,
+    },
+    "pix2struct_vision_model": {"patch_embed_hidden_size": 48},
     "pvt": {"hidden_sizes": (16, 16, 32, 32), "num_attention_heads": (1, 2, 4, 4), "image_size": 64},
     "pvt_v2": {"hidden_sizes": (16, 16, 32, 32), "num_attention_heads": (1, 2, 4, 4), "image_size": 64},
     "qwen4_exp_text": {
@@ -241,6 +297,8 @@ TYPES: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
         "hc_lowrank": 8,
     },
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 7},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 7},
     "reformer": {"axial_pos_shape": (8, 16), "axial_pos_embds_dim": (8, 24), "attn_layers": ("local", "lsh") * 2},
     "roc_bert": {
         "shape_embed_dim": 16,
@@ -248,6 +306,7 @@ TYPES: dict[str, dict[str, Any]] = {
         "shape_vocab_size": VOCAB,
         "pronunciation_vocab_size": VOCAB,
     },
+    "shieldgemma2": {"mm_tokens_per_image": 4, "yes_token_index": 11, "no_token_index": 12},
     "segformer": {"hidden_sizes": (16, 16, 32, 32), "num_attention_heads": (1, 2, 4, 4), "image_size": 64},
     "swin": _STAGES,
     "swinv2": _STAGES | {"pretrained_window_sizes": (0, 0)},
@@ -257,7 +316,13 @@ TYPES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"n_groups": 2, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
     "neomme": {"head_dim": 16},
     "muse_spark_audio": {"hidden_sizes": (16, 16, 16, 32), "out_hidden_size": WIDTH},
+    "nemotron3_diarization": {"head_config": {"audio_hidden_size": WIDTH}},
+    "nemotron_h_omni": {"audio_config": None},
     "nystromformer": {"num_landmarks": 4, "segment_means_seq_len": 12},
+    "step3p5": {"sliding_window": 8},
+    "voxtral": {"text_config": {"head_dim": 8, "num_key_value_heads": 2}},
+    "voxtral_realtime": {"text_config": {"head_dim": 8}},
+    "wav2vec2-bert": {"feature_projection_input_dim": 64},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "downsampling_ratios": (2, 2), "depths": (1, 1, 1)},
     "xlstm": {"hidden_size": 128},
     "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
