@@ -1,20 +1,35 @@
-"""Teach a chat model to answer in emoji, with ten examples and one edited token.
+"""Teach a chat model to answer in emoji, with ten examples and a few thousand numbers.
 
-LoReFT learns a rank-4 edit of the last prompt token in one layer, from ten plain questions answered in emoji.
-None of them says that emoji are wanted. The model is then asked about other topics in other words.
+LoReFT learns a low-rank edit of hidden states from ten plain questions answered in emoji. None of them says that emoji
+are wanted. The model is then asked about other topics in other words.
 
     python recipes/emoji_chat.py                                   # the embedded toy model
     python recipes/emoji_chat.py --chat                            # ... and talk to it afterwards
-    python recipes/emoji_chat.py --lr 4e-3 --model TinyLlama/TinyLlama-1.1B-Chat-v1.0    # a real model
+    python recipes/emoji_chat.py --model smollm2-135m              # a real one of 135 million parameters
+    python recipes/emoji_chat.py --model smollm2-135m --compare    # ... beside LoRA, and examples in the prompt
+    python recipes/emoji_chat.py --model TinyLlama/TinyLlama-1.1B-Chat-v1.0 --layers 12 --lr 4e-3
 """
+
+from __future__ import annotations
 
 import random
 import unicodedata
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
-from _common import Watch, begin, command_line, progress, read_topics, trainable, trainer_arguments, write_json
+from _common import (
+    Watch,
+    begin,
+    command_line,
+    progress,
+    read_topics,
+    trainable,
+    trainer_arguments,
+    write_json,
+    write_text,
+)
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,43 +38,95 @@ import reftheads as rh
 
 
 def main(
-    model: str = "tiny-chat", layer: int | None = None, positions: str = "l1", rank: int = 4, steps: int = 150,
-    lr: float = 2e-2, seed: int = 0, prompts: int = 120, json: Path | None = None, chat: bool = False,
+    model: str = "tiny-chat", layers: tuple[int, ...] | None = None, positions: str | None = None,
+    rank: int | None = None, steps: int | None = None, lr: float | None = None, dtype: str | None = None,
+    demonstrations: int = 10, prompts: int = 120, seed: int = 0, threads: int | None = None, compare: bool = False,
+    json: Path | None = None, picture: Path | None = None, chat: bool = False,
 ) -> None:  # fmt: skip
-    """Train an edit from ten demonstrations, then ask it and the base model about other topics."""
+    """Train an edit from a few demonstrations, then ask it and the base model about other topics."""
     settings = dict(locals())
-    begin(model)
-    demonstrations, held_out = draw(seed, prompts)
-    questions = [example.question for example in held_out]
-    Console().print("Ten demonstrations:", *(f"{e.question} {e.emoji}" for e in demonstrations), sep="\n  ")
-    figures: dict[str, dict[str, float]] = {}
-    # The chosen positions first; beside them the paper's last token, and every token of the prompt.
-    for place in dict.fromkeys([positions, "l1", "prompt"]):
-        begin(seed=seed)
-        base, tokenizer = rh.load_base(model)
-        node = rh.Node(rh.LoReFT(rank=rank), layer=layer_of(base, layer), positions=place, name="emoji")
-        tuned = rh.InterventionModel(base, rh.InterventionGraph(node))
-        rows = encode(tokenizer, demonstrations)
-        args = trainer_arguments(max_steps=steps, learning_rate=lr, per_device_train_batch_size=len(rows), seed=seed)
-        with progress() as bar:
-            watch = Watch(bar, f"training at {place}")
-            rh.InterventionTrainer(
-                tuned, args, train_dataset=rows, processing_class=tokenizer, callbacks=[watch]
-            ).train()
-        answers = rh.reply(tuned, tokenizer, questions)
-        costs = {"parameters": trainable(tuned), "seconds": round(watch.seconds, 1)}
-        figures[place] = scores(answers, held_out) | costs
-        if place == positions:
-            chosen, chosen_answers = tuned, answers
-    with chosen.disable_adapter():
-        base_answers = rh.reply(chosen, tokenizer, questions)
-    figures = {"base": scores(base_answers, held_out) | {"parameters": 0, "seconds": 0}} | figures
+    begin(model, seed=seed, threads=threads)
+    usual = USUAL.get(model, USUAL["tiny-chat"])
+    shown, held_out = draw(seed, prompts, demonstrations)
 
-    show(model, list(zip(questions, base_answers, chosen_answers, strict=True)), figures)
+    base, tokenizer = rh.load_base(model, dtype=dtype or usual.dtype)
+    edit = rh.LoReFT(rank=rank or usual.rank)
+    nodes = [
+        rh.Node(edit, layer, positions=positions or usual.positions, name=f"emoji_{layer}")
+        for layer in layers or usual.layers or [layer_of(base, None)]
+    ]
+    tuned = rh.InterventionModel(base, rh.InterventionGraph(*nodes))
+    rows = encode(tokenizer, shown)
+    seconds = train(tuned, tokenizer, rows, steps or usual.steps, lr or usual.lr, seed)
+    answers = ask(tuned, tokenizer, held_out)
+    with tuned.disable_adapter():
+        before = ask(tuned, tokenizer, held_out)
+
+    figures = {"base": judge(before, held_out), "edit": judge(answers, held_out, trainable(tuned), seconds)}
+    if compare:
+        figures |= others(model, dtype or usual.dtype, shown, held_out, steps or usual.steps, seed)
+    console = Console(record=picture is not None)
+    show(console, model, shown, list(zip(held_out, before, answers, strict=True)), figures)
+    if picture:
+        write_text(picture, console.export_svg(title=f"emoji_chat.py --model {model}"))
     if json:
-        write_json(json, settings | {"figures": figures})
+        write_json(json, settings | {"figures": {name: figure._asdict() for name, figure in figures.items()}})
     if chat:
-        rh.chat(chosen, tokenizer)
+        rh.chat(tuned, tokenizer)
+
+
+class Usual(NamedTuple):
+    """Say how a model is edited where the command line does not."""
+
+    layers: tuple[int, ...] | None
+    positions: str
+    rank: int
+    steps: int
+    lr: float
+    dtype: str | None
+
+
+USUAL = {
+    "tiny-chat": Usual(None, "l1", rank=4, steps=150, lr=2e-2, dtype=None),
+    "smollm2-135m": Usual((10, 15, 20, 25), "all", rank=4, steps=50, lr=2e-3, dtype="auto"),
+}
+"""Model -> what docs/results/emoji.md found for it; other models get the first."""
+
+
+def train(tuned, tokenizer, rows: list[dict], steps: int, lr: float, seed: int) -> float:
+    """Train a model's adapter on all rows in every step, and return the seconds that it took."""
+    args = trainer_arguments(
+        max_steps=steps, learning_rate=lr, per_device_train_batch_size=min(len(rows), BATCH), seed=seed
+    )
+    with progress() as bar:
+        watch = Watch(bar, f"training {trainable(tuned):,} parameters")
+        rh.InterventionTrainer(tuned, args, train_dataset=rows, processing_class=tokenizer, callbacks=[watch]).train()
+    return watch.seconds
+
+
+def others(
+    model: str, dtype: str | None, shown: list[Example], held_out: list[Example], steps: int, seed: int
+) -> dict[str, Figures]:
+    """Return the figures of LoRA on the same demonstrations, and of the demonstrations in the prompt."""
+    begin(seed=seed)
+    base, tokenizer = rh.load_base(model, dtype=dtype)
+    lora = rh.InterventionModel(base, rh.preset("lora8", base))
+    seconds = train(lora, tokenizer, encode(tokenizer, shown), steps, LORA_LR, seed)
+    figures = {"LoRA, rank 8": judge(ask(lora, tokenizer, held_out), held_out, trainable(lora), seconds)}
+    with lora.disable_adapter():
+        in_context = ask(lora, tokenizer, held_out, [turn for example in shown for turn in turns(example)])
+    return figures | {"in the prompt": judge(in_context, held_out)}
+
+
+def ask(tuned, tokenizer, examples: list[Example], before: Sequence[dict[str, str]] = ()) -> list[str]:
+    """Return a model's answers to questions, each after what has been said `before`."""
+    conversations = [[*before, turns(example)[0]] for example in examples]
+    return rh.reply(tuned, tokenizer, conversations, max_new_tokens=NEW_TOKENS)
+
+
+BATCH = 10
+NEW_TOKENS = 32
+LORA_LR = 1e-3
 
 
 # --- questions and answers ---
@@ -81,11 +148,12 @@ class Example(NamedTuple):
     emoji: str
 
 
-def draw(seed: int, questions: int) -> tuple[list[Example], list[Example]]:
-    """Return ten demonstrations, and questions about other topics in other words."""
+def draw(seed: int, questions: int, demonstrations: int = 10) -> tuple[list[Example], list[Example]]:
+    """Return demonstrations, and questions about other topics in other words."""
     topics = read_topics()
     random.Random(seed).shuffle(topics)
-    return examples(topics[:10], TRAINED_WORDINGS), examples(topics[10 : 10 + questions], HELD_OUT_WORDINGS)
+    shown, others = topics[:demonstrations], topics[demonstrations : demonstrations + questions]
+    return examples(shown, TRAINED_WORDINGS), examples(others, HELD_OUT_WORDINGS)
 
 
 def examples(topics: list[dict[str, str]], wordings: list[str]) -> list[Example]:
@@ -96,16 +164,36 @@ def examples(topics: list[dict[str, str]], wordings: list[str]) -> list[Example]
 
 def encode(tokenizer, demonstrations: list[Example]) -> list[dict]:
     """Return the rows of conversations, each a question and its answer."""
-    conversations = [
-        [{"role": "user", "content": example.question}, {"role": "assistant", "content": example.emoji}]
-        for example in demonstrations
-    ]
-    return rh.encode_chat(tokenizer, conversations)
+    return rh.encode_chat(tokenizer, [turns(example) for example in demonstrations])
+
+
+def turns(example: Example) -> list[dict[str, str]]:
+    """Return a question and its answer as a conversation."""
+    return [{"role": "user", "content": example.question}, {"role": "assistant", "content": example.emoji}]
 
 
 def layer_of(base, layer: int | None) -> int:
     """Return the layer that was chosen, else one above those that read what is asked for, below those that answer."""
     return base.config.num_hidden_layers // 4 if layer is None else layer
+
+
+# --- figures ---
+
+
+class Figures(NamedTuple):
+    """How good answers are, and what they cost.
+
+    Attributes:
+        emoji_only: share of answers that are emoji alone.
+        on_topic: share of answers that have one of the topic's emoji.
+        by_chance: the same share for the emoji of other topics.
+    """
+
+    emoji_only: float
+    on_topic: float
+    by_chance: float
+    parameters: int
+    seconds: float
 
 
 def is_emoji(answer: str) -> bool:
@@ -115,33 +203,61 @@ def is_emoji(answer: str) -> bool:
 
 def scores(answers: list[str], held_out: list[Example]) -> dict[str, float]:
     """Return the shares of answers that are emoji alone, and that have one of the topic's emoji."""
-    on_topic = [any(c in answer for c in example.emoji) for answer, example in zip(answers, held_out, strict=True)]
-    return {"emoji_only": sum(map(is_emoji, answers)) / len(answers), "on_topic": sum(on_topic) / len(answers)}
+    figures = judge(answers, held_out)
+    return {"emoji_only": figures.emoji_only, "on_topic": figures.on_topic}
 
 
-def show(model: str, answers: list[tuple[str, str, str]], figures: dict[str, dict[str, float]]) -> None:
-    """Print some answers before and after, and the figures."""
-    console = Console()
+def judge(answers: list[str], held_out: list[Example], parameters: int = 0, seconds: float = 0.0) -> Figures:
+    """Return the figures of answers to held-out questions."""
+    count = len(answers)
+    hits = [sum(has_one_of(a, e.emoji) for a in answers) / count for e in held_out]
+    on_topic = sum(has_one_of(a, e.emoji) for a, e in zip(answers, held_out, strict=True)) / count
+    by_chance = (sum(hits) - on_topic) / max(count - 1, 1)
+    return Figures(sum(map(is_emoji, answers)) / count, on_topic, by_chance, parameters, round(seconds, 1))
+
+
+def has_one_of(answer: str, emoji: str) -> bool:
+    """Return whether an answer has one of several emoji."""
+    return any(c in answer for c in emoji)
+
+
+def show(
+    console: Console,
+    model: str,
+    shown: list[Example],
+    asked: list[tuple[Example, str, str]],
+    figures: dict[str, Figures],
+) -> None:
+    """Print what was shown, some answers before and after, and the figures."""
+    lines = [f"{example.question} {example.emoji}" for example in shown[:10]]
+    console.print(f"{len(shown)} demonstrations:", *lines, sep="\n  ")
     table = Table("question", "base", "trained", title=f"{model}, unseen topics and wordings")
-    for row in answers[:12]:
-        table.add_row(*map(escape, row))
+    for example, before, after in asked[:12]:
+        table.add_row(*map(escape, (example.question, before, after)))
     console.print(table)
-    columns = ("edited tokens", "emoji only", "on topic", "parameters", "seconds")
-    table = Table(*columns, title=f"{len(answers)} prompts")
+    columns = ("", "emoji only", "on topic", "by chance", "parameters", "seconds")
+    table = Table(*columns, title=f"{len(asked)} prompts")
     for name, figure in figures.items():
-        shares = (f"{figure['emoji_only']:.1%}", f"{figure['on_topic']:.1%}")
-        table.add_row(name, *shares, f"{figure['parameters']:,}", f"{figure['seconds']:.1f}")
+        shares = (f"{share:.1%}" for share in figure[:3])
+        table.add_row(name, *shares, f"{figure.parameters:,}", f"{figure.seconds:.1f}")
     console.print(table)
 
 
 if __name__ == "__main__":
     command_line(
         main,
-        model="a Hub id or a local path of any chat model",
-        layer="default: a quarter of the model's depth",
-        positions="tokens to edit, such as l1 or f1+l1",
+        model="tiny-chat, smollm2-135m, or a Hub id or a local path of any chat model",
+        layers="blocks to edit; default: what is best for the two named models, else a quarter of the depth",
+        positions="tokens to edit, such as l1, prompt or all",
         rank="of LoReFT",
+        steps="of training, each on ten demonstrations",
+        lr="learning rate",
+        dtype="of the weights; auto: what this machine computes fast",
+        demonstrations="how many questions with answers to learn from",
         prompts="how many held-out questions to ask",
+        threads="of torch",
+        compare="train LoRA too, and put the demonstrations into the prompt instead",
         json="a file for the figures",
+        picture="an SVG file for what is printed",
         chat="talk to the trained model afterwards",
     )

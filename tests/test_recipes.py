@@ -66,9 +66,9 @@ def test_ten_demonstrations_make_the_chat_model_answer_in_emoji(tmp_path):
     shown = run("emoji_chat.py", "--json", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
     assert figures["base"]["emoji_only"] < 0.02
-    assert figures["l1"]["emoji_only"] >= 0.9
-    assert figures["l1"]["on_topic"] >= 0.6
-    assert figures["l1"]["parameters"] == 2 * 4 * 192 + 4
+    assert figures["edit"]["emoji_only"] >= 0.9
+    assert figures["edit"]["on_topic"] >= 0.6
+    assert figures["edit"]["parameters"] == 2 * 4 * 192 + 4
     assert "120 prompts" in shown
 
 
