@@ -6,22 +6,25 @@ import html
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from reftheads.webpage.session import STRONGEST, Session
+from reftheads.webpage.session import STRONGEST, Dial, Session
 
 if TYPE_CHECKING:
     import gradio as gr
 
 TITLE = "reftheads"
 CSS = """
-.gradio-container {max-width: 1500px !important; margin: auto}
+.gradio-container, .gradio-container main {max-width: 1500px !important; width: 100%; margin: auto}
+.gradio-container main {padding: .8rem 1.2rem !important}
 footer {display: none !important}
 #title {padding: 0} #title h1 {margin: 0; font-size: 1.4rem} #title p {margin: 0; opacity: .7}
-#notice, #training {min-height: 1.7rem; padding: 0 .2rem} .bad {color: #c2410c} progress {width: 100%}
-#edited {border-color: #f97316}
+#notice, #acting, #training {min-height: 1.6rem} .bad {color: #c2410c} progress {width: 100%}
+#edited {border: 2px solid #f97316}
 #table textarea {font-family: ui-monospace, monospace; font-size: .75rem; white-space: pre; overflow-x: auto}
-.node {align-items: center; flex-wrap: nowrap} .adapter {padding: 0; font-weight: 600}
+#dials {max-height: 19rem; overflow-y: auto; gap: .4rem}
+.node {align-items: center; flex-wrap: nowrap; background: var(--block-background-fill); padding: .3rem .8rem}
 """
 # nothing is loaded from elsewhere, whatever a component of Gradio would like to
 HEAD = """<meta http-equiv="Content-Security-Policy"
@@ -53,7 +56,7 @@ def build(new_session: Callable[[], Session]) -> gr.Blocks:
             with gr.Column(scale=2, min_width=400):
                 adapters = _adapters(session, changes)
                 demonstrations = _training(session)
-        with gr.Accordion("Node table", open=False):
+        with gr.Accordion("Node table", open=False, elem_id="nodes"):
             table = gr.Textbox(show_label=False, container=False, lines=3, max_lines=20, elem_id="table")
 
         def enter() -> tuple[Any, ...]:
@@ -76,10 +79,10 @@ def _on(listen: _Listen, act: Callable[..., Any], inputs: Any, outputs: Any, **o
 def _chat(session: gr.State) -> None:
     import gradio as gr
 
-    look: dict[str, Any] = {"render_markdown": False, "buttons": ["copy"], "height": 460, "allow_file_downloads": False}
+    look: dict[str, Any] = {"render_markdown": False, "buttons": [], "height": 480, "min_width": 260}
     with gr.Row():
-        base = gr.Chatbot(label="base model", elem_id="base", min_width=260, **look)
-        edited = gr.Chatbot(label="with the graph", elem_id="edited", min_width=260, **look)
+        base = gr.Chatbot(label="base model", elem_id="base", **look)
+        edited = gr.Chatbot(label="with the graph", elem_id="edited", **look)
     notice = gr.HTML(elem_id="notice")
     with gr.Row():
         question = gr.Textbox(
@@ -89,11 +92,11 @@ def _chat(session: gr.State) -> None:
         anew = gr.Button("New chat", elem_id="anew", min_width=80)
 
     def ask(session: Session, said: str) -> Iterator[tuple[Any, ...]]:
-        before = session.conversations
+        before = [[(turn["role"], turn["content"]) for turn in turns] for turns in session.conversations]
         try:
             for answers in session.answer(said):
-                turns = [[{"role": "user", "content": said}, {"role": "assistant", "content": a}] for a in answers]
-                yield [*before[0], *turns[0]], [*before[1], *turns[1]], "", ""
+                turns = [[("user", said), ("assistant", answer)] for answer in answers]
+                yield *(_bubbles(old, new) for old, new in zip(before, turns, strict=True)), "", ""
         except ValueError as error:
             yield gr.skip(), gr.skip(), _bad(error), gr.skip()
 
@@ -102,7 +105,13 @@ def _chat(session: gr.State) -> None:
 
     for listen in (question.submit, send.click):
         _on(listen, ask, [session, question], [base, edited, notice, question], **_ASKING)
-    _on(anew.click, forget, session, [base, edited, notice])
+    for listen in (anew.click, base.clear, edited.clear):
+        _on(listen, forget, session, [base, edited, notice])
+
+
+def _bubbles(*turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """Return what a `Chatbot` shows. It takes tags for HTML even where it renders no Markdown, so they are escaped."""
+    return [{"role": role, "content": html.escape(text)} for role, text in chain(*turns)]
 
 
 # --- adapters and nodes -----------------------------------------------------------------------------------
@@ -116,28 +125,18 @@ def _adapters(session: gr.State, changes: gr.State) -> gr.CheckboxGroup:
         with gr.Row():
             name = gr.Textbox(placeholder="a name", show_label=False, container=False, scale=3, elem_id="name")
             save = gr.Button("Save", elem_id="save", min_width=80)
-    notice = gr.HTML(elem_id="saved", padding=False)
+    notice = gr.HTML(elem_id="acting", padding=False)
 
-    @gr.render(session, changes.change, show_progress="hidden")
+    @gr.render(session, [changes.change], show_progress="hidden")
     def nodes(session: Session) -> None:
-        of = ""
-        for (adapter, node), dial in session.dials.items():
-            if adapter != of and len(session.chosen) > 1:
-                gr.HTML(html.escape(adapter), elem_classes="adapter")
-            of, turn = adapter, partial(session.turn, adapter, node)
-            with gr.Row(elem_classes="node"):
-                on = gr.Checkbox(dial.on, label=node, container=False, scale=2, min_width=90)
-                strength = gr.Slider(
-                    0, STRONGEST, dial.strength, step=0.05, label=f"strength of {node}", scale=3, min_width=160
-                )
-            _on(on.input, lambda on, turn=turn: _tried(turn, on=on) or "", on, notice)
-            _on(
-                strength.input, lambda strength, turn=turn: _tried(turn, strength=strength) or "", strength, notice,
-                trigger_mode="always_last",
-            )  # fmt: skip
+        with gr.Column(elem_id="dials"):
+            for (adapter, node), dial in session.dials.items():
+                name = node if len(session.chosen) == 1 else f"{adapter}/{node}"
+                _dial(name, dial, partial(session.turn, adapter, node), notice)
 
     def choose(session: Session, names: list[str], count: int) -> tuple[Any, ...]:
-        return _choices(session), _tried(session.choose, names) or "", count + 1
+        problem = _tried(session.choose, names)
+        return _choices(session), problem or f"{html.escape(' and then '.join(session.chosen))} acts", count + 1
 
     def keep(session: Session, name: str) -> tuple[Any, ...]:
         problem = _tried(session.save, name)
@@ -146,6 +145,27 @@ def _adapters(session: gr.State, changes: gr.State) -> gr.CheckboxGroup:
     _on(chosen.input, choose, [session, chosen, changes], [chosen, notice, changes])
     _on(save.click, keep, [session, name], [chosen, notice])
     return chosen
+
+
+def _dial(name: str, dial: Dial, turn: Callable[..., None], notice: gr.HTML) -> None:
+    """Show a node's switch and strength."""
+    import gradio as gr
+
+    with gr.Row(elem_classes="node"):
+        on = gr.Checkbox(dial.on, label=name, container=False, scale=2, min_width=90)
+        strength = gr.Slider(
+            0, STRONGEST, dial.strength, step=0.05, label=f"strength of {name}", show_label=False, container=False,
+            scale=3, min_width=160,
+        )  # fmt: skip
+
+    def switch(on: bool) -> str:
+        return _tried(turn, on=on) or f"{html.escape(name)} is {'on' if on else 'off'}"
+
+    def strengthen(strength: float) -> str:
+        return _tried(turn, strength=strength) or f"{html.escape(name)} acts at {strength:g}"
+
+    _on(on.input, switch, on, notice)
+    _on(strength.input, strengthen, strength, notice, trigger_mode="always_last")
 
 
 def _choices(session: Session) -> Any:
@@ -163,7 +183,7 @@ def _training(session: gr.State) -> gr.Dataframe:
     with gr.Accordion("Demonstrations", open=True):
         pairs = gr.Dataframe(
             headers=["question", "answer"], datatype="str", interactive=False, show_label=False, max_height=190,
-            wrap=True, elem_id="demonstrations",
+            wrap=True, buttons=[], column_widths=["60%", "40%"], elem_id="demonstrations",
         )  # fmt: skip
         with gr.Row():
             question = gr.Textbox(placeholder="question", show_label=False, container=False, elem_id="shown-question")

@@ -150,7 +150,7 @@ class Session:
             raise ValueError("choose at least one adapter; the base model answers beside it in any case")
         with self._alone():
             for name in names:
-                if name not in self.model.peft_config:
+                if name not in list(self.model.peft_config):
                     self.folder.load(self.model, name)
             self.model.set_adapter(list(dict.fromkeys(names)))
 
@@ -163,7 +163,7 @@ class Session:
         with self._alone():
             if len(self.chosen) > 1:
                 raise ValueError(f"{' and '.join(self.chosen)} are chosen: choose one of them to save it")
-            if name in self.model.peft_config:
+            if name in list(self.model.peft_config):  # whatever came over the wire is compared, not hashed
                 raise ValueError(f"there is an adapter {name!r} already: take another name")
             self.folder.save(self.model, self.chosen[0], name)
 
