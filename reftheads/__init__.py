@@ -37,8 +37,8 @@ __all__ = [
     "Ablate", "ActivationStore", "Collator", "Collect", "ConsReFT", "DiReFT", "Gated", "InterventionConfig",
     "InterventionGraph", "InterventionModel", "InterventionTrainer", "LinearHead", "LoRA", "LoReFT", "LobiReFT",
     "MLPHead", "NoDiReFT", "NoReFT", "Node", "Positions", "Replace", "ScaleAndBias", "Site", "Steering", "chat",
-    "encode_chat", "encode_pairs", "encode_preferences", "export_head", "fit_probes", "load_base", "losses", "mix", "page",
-    "predict", "preset", "reply", "sweep",
+    "encode_chat", "encode_pairs", "encode_preferences", "export_head", "fit_probes", "load_base", "losses", "mix",
+    "page", "predict", "preset", "reply", "sweep",
 ]  # fmt: skip
 
 # transformers' Trainer takes longer to import than all the rest together, and inference needs none

@@ -33,7 +33,9 @@ def read_strengths(layer: HoldsNodes, written: Mapping[str, Any]) -> dict[NodeKe
             if name in (planned.node.name, f"{adapter}/{planned.node.name}")
         ]
         if not meant:
-            known = [f"{adapter}/{planned.node.name}" for adapter, plan in layer.plans.items() for planned in plan.nodes]
+            known = [
+                f"{adapter}/{planned.node.name}" for adapter, plan in layer.plans.items() for planned in plan.nodes
+            ]
             raise ValueError(f"no node {shown(name)}: there are {', '.join(known)}")
         if not all(planned.edits for _, planned in meant):
             raise ValueError(f"node {name!r} reads and edits nothing, so that it has no strength: leave it out")

@@ -28,7 +28,7 @@ CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_stat
 ATTRIBUTE = "interventions_trace"  # of a cache
 
 Acted = Mapping[tuple[str, str, float], tuple[Positions, Tensor | None]]
-"""Of each node that changes what follows, with its strength: its rule, and the rows that it is meant for; `None`: all."""
+"""Of each node that changes what follows, and its strength: its rule and the rows that it is meant for; `None`: all."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ def refuse_other_edits(run: Run, cache: Any, text: Tensor | None) -> None:
             if not torch.equal(old, new):
                 raise ValueError(
                     f"node {key[1]!r} of adapter {key[0]!r} would act on other tokens of the cache than when it was "
-                    "filled, for another prompt, by another adapter or at another strength, and what is in it cannot be edited any more: "
-                    "leave past_key_values out, or fill it with prompt_mask, a mask over the whole of this prompt"
+                    "filled, for another prompt, by another adapter or at another strength, and what is in it cannot be "
+                    "edited any more: leave past_key_values out, or fill it with prompt_mask, a mask over the whole of this prompt"
                 )
 
 
@@ -142,7 +142,7 @@ def _acted_in(run: Run) -> Acted:
     for node in nodes:
         for key, rows in _keys(node, 0 if run.shape is None else run.shape[0]):
             if node.planned.edits or key in sources:
-                acted[*key, node.strength] = (node.planned.node.positions, rows)
+                acted[(*key, node.strength)] = (node.planned.node.positions, rows)
     return acted
 
 

@@ -86,7 +86,13 @@ def _chat(session: gr.State) -> None:
     notice = gr.HTML(elem_id="notice")
     with gr.Row():
         question = gr.Textbox(
-            placeholder="Ask both …", show_label=False, container=False, scale=6, lines=1, max_lines=6, elem_id="question"
+            placeholder="Ask both …",
+            show_label=False,
+            container=False,
+            scale=6,
+            lines=1,
+            max_lines=6,
+            elem_id="question",
         )
         send = gr.Button("Ask", variant="primary", elem_id="ask", min_width=80)
         anew = gr.Button("New chat", elem_id="anew", min_width=80)
@@ -152,10 +158,10 @@ def _dial(name: str, dial: Dial, turn: Callable[..., None], notice: gr.HTML) -> 
     import gradio as gr
 
     with gr.Row(elem_classes="node"):
-        on = gr.Checkbox(dial.on, label=name, container=False, scale=2, min_width=90)
+        on = gr.Checkbox(dial.on, label=name, container=False, interactive=True, scale=2, min_width=90)
         strength = gr.Slider(
             0, STRONGEST, dial.strength, step=0.05, label=f"strength of {name}", show_label=False, container=False,
-            scale=3, min_width=160,
+            interactive=True, scale=3, min_width=160,
         )  # fmt: skip
 
     def switch(on: bool) -> str:

@@ -69,7 +69,7 @@ def page(
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported, and for whatever of it would ask
     try:
-        import gradio as gr
+        from gradio.themes import Soft
     except ImportError as error:
         raise ImportError("rh.page needs Gradio: pip install 'reftheads[demo]'") from error
     new_session = partial(
@@ -81,7 +81,7 @@ def page(
     blocks.queue(max_size=_WAITING, default_concurrency_limit=4)
     ours: dict[str, Any] = {
         "server_name": "127.0.0.1", "share": False, "allowed_paths": [], "max_file_size": 1, "max_threads": 8,
-        "state_session_capacity": _VISITORS, "theme": gr.themes.Soft(font=_FONTS, font_mono="monospace"),
+        "state_session_capacity": _VISITORS, "theme": Soft(font=_FONTS, font_mono="monospace"),
         "css": CSS, "head": HEAD, "footer_links": [], "run_history": False, "ssr_mode": False, "mcp_server": False,
         "enable_monitoring": False,
     }  # fmt: skip

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Real
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -100,7 +99,9 @@ class Session:
     def dials(self) -> dict[tuple[str, str], Dial]:
         """Return, by adapter and node, how each node that edits acts."""
         plans = {name: self.model.plan(name) for name in self.chosen}
-        keys = [(name, str(planned.node.name)) for name, plan in plans.items() for planned in plan.nodes if planned.edits]
+        keys = [
+            (name, str(planned.node.name)) for name, plan in plans.items() for planned in plan.nodes if planned.edits
+        ]
         return {key: self._dials.get(key, Dial()) for key in keys}
 
     def turn(self, adapter_name: str, node: str, *, on: Any = None, strength: Any = None) -> None:
@@ -112,13 +113,15 @@ class Session:
         """
         dial = self.dials.get((adapter_name, node))
         if dial is None:
-            raise ValueError(f"no node {shown(node)} of an adapter {shown(adapter_name)} acts: choose its adapter first")
+            raise ValueError(
+                f"no node {shown(node)} of an adapter {shown(adapter_name)} acts: choose its adapter first"
+            )
         if on is not None:
             if not isinstance(on, bool):
                 raise ValueError(f"a switch is on or off, got {shown(on)}")
             dial = replace(dial, on=on)
         if strength is not None:
-            number = isinstance(strength, Real) and not isinstance(strength, bool) and math.isfinite(strength)
+            number = isinstance(strength, int | float) and not isinstance(strength, bool) and math.isfinite(strength)
             if not number or not 0 <= strength <= STRONGEST:
                 raise ValueError(f"a strength is a number from 0 to {STRONGEST:g}, got {shown(strength)}")
             dial = replace(dial, strength=float(strength))
@@ -183,9 +186,7 @@ class Session:
             dials = {f"{adapter}/{node}": dial for (adapter, node), dial in self.dials.items()}
             strengths = {key: dial.strength if dial.on else 0.0 for key, dial in dials.items()}
             blocks = (self.model.disable_adapter, partial(self.model.at_strength, strengths))
-            ways = [
-                self._way(block, [*before, said]) for block, before in zip(blocks, self.conversations, strict=True)
-            ]
+            ways = [self._way(block, [*before, said]) for block, before in zip(blocks, self.conversations, strict=True)]
             answers = ["", ""]
             for answers in stream(self.model, self.tokenizer, ways):
                 yield answers[0], answers[1]

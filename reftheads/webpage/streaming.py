@@ -42,7 +42,9 @@ def stream(model: Any, tokenizer: PreTrainedTokenizerBase, ways: Sequence[Way]) 
     news: queue.Queue[tuple[int, Any]] = queue.Queue()
     stopped = threading.Event()
     threads = [
-        threading.Thread(target=_generate, args=(model, way, _Writer(tokenizer, i, news), _Stopped(stopped)), daemon=True)
+        threading.Thread(
+            target=_generate, args=(model, way, _Writer(tokenizer, i, news), _Stopped(stopped)), daemon=True
+        )
         for i, way in enumerate(ways)
     ]
     for thread in threads:

@@ -1,4 +1,4 @@
-"""How strongly a node acts is said call by call: by its equation, in each way through the model, for one thread alone."""
+"""How strongly a node acts is said call by call: by its equation, in each way through the model, for one thread."""
 
 import threading
 

@@ -15,7 +15,9 @@ pytest.importorskip("gradio", reason="needs the extra demo: Gradio")
 
 @pytest.fixture
 def served(model, words, demonstrations, tmp_path):
-    page = rh.page(model, words, demonstrations=demonstrations, directory=tmp_path, prevent_thread_lock=True, quiet=True)
+    page = rh.page(
+        model, words, demonstrations=demonstrations, directory=tmp_path, prevent_thread_lock=True, quiet=True
+    )
     yield page
     page.close()
 
@@ -43,7 +45,10 @@ def test_no_file_is_served_and_none_is_taken(served, tmp_path):
     for path in (secret, "/etc/passwd", "../../etc/passwd", os.path.join(os.getcwd(), "pyproject.toml"), "README.md"):
         assert status(f"{served.local_url}gradio_api/file={path}") in (403, 404), path
     form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nabc\r\n--x--\r\n'
-    assert status(f"{served.local_url}gradio_api/upload", form, **{"Content-Type": "multipart/form-data; boundary=x"}) == 413
+    assert (
+        status(f"{served.local_url}gradio_api/upload", form, **{"Content-Type": "multipart/form-data; boundary=x"})
+        == 413
+    )
     assert status(f"{served.local_url}gradio_api/proxy=http://example.org/") in (400, 403, 404)
 
 

@@ -157,8 +157,9 @@ def test_a_switch_is_on_or_off_and_belongs_to_a_node_that_acts(session):
 # --- questions that nobody should ask -------------------------------------------------------------------------
 
 HOSTILE = [
-    ("", "empty"), ("  \n ", "empty"), ("a" * 100_000, "100,000 letters"), ("word " * 900, "tokens, and the model reads 512"),
-    ("a\x00b", r"U\+0000"), ("\x1b[31mred", r"U\+001B"), ("\ud800", r"U\+D800"), (None, "must be a text"), (["a"], "a text"),
+    ("", "empty"), ("  \n ", "empty"), ("a" * 100_000, "100,000 letters"), (None, "must be a text"), (["a"], "a text"),
+    ("word " * 900, "tokens, and the model reads 512"), ("a\x00b", r"U\+0000"), ("\x1b[31mred", r"U\+001B"),
+    ("\ud800", r"U\+D800"),
 ]  # fmt: skip
 
 
@@ -235,8 +236,8 @@ def test_what_one_visitor_saves_another_chooses_and_combines(session, model, wor
 
 
 NAMES = [
-    "", ".", "..", "../x", "a/b", "a\\b", "/etc/passwd", "C:x", "a\x00b", "a\nb", " a", "con", "x" * 65, "a.b", "rh_x", None, 3,
-    ["default"], "__base__", "a*",
+    "", ".", "..", "../x", "a/b", "a\\b", "/etc/passwd", "C:x", "a\x00b", "a\nb", " a", "con", "x" * 65, "a.b", "rh_x",
+    None, 3, ["default"], "__base__", "a*",
 ]  # fmt: skip
 
 
