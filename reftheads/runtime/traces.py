@@ -129,8 +129,9 @@ def refuse_other_edits(run: Run, cache: Any, text: Tensor | None) -> None:
             if not torch.equal(old, new):
                 raise ValueError(
                     f"node {key[1]!r} of adapter {key[0]!r} would act on other tokens of the cache than when it was "
-                    "filled, for another prompt, by another adapter or at another strength, and what is in it cannot be "
-                    "edited any more: leave past_key_values out, or fill it with prompt_mask, a mask over the whole of this prompt"
+                    "filled, for another prompt, by another adapter or at another strength, and what is in it cannot "
+                    "be edited any more: leave past_key_values out, or fill it with prompt_mask, a mask over the whole "
+                    "of this prompt"
                 )
 
 

@@ -64,7 +64,7 @@ def page(
         >>> shown = rh.page(model, tokenizer, prevent_thread_lock=True, quiet=True)
         >>> shown.local_url
         'http://127.0.0.1:...'
-        >>> shown.close()
+        >>> shown.close(verbose=False)
         ```
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported, and for whatever of it would ask

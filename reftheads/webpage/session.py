@@ -97,7 +97,7 @@ class Session:
 
     @property
     def dials(self) -> dict[tuple[str, str], Dial]:
-        """Return, by adapter and node, how each node that edits acts."""
+        """Return how each node that edits acts, by adapter and node."""
         plans = {name: self.model.plan(name) for name in self.chosen}
         keys = [
             (name, str(planned.node.name)) for name, plan in plans.items() for planned in plan.nodes if planned.edits
