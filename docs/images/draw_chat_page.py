@@ -37,7 +37,7 @@ def main(file: str) -> None:
         for question in ("Tell me about owls.", "What comes to mind when you hear trains?"):
             visitor.ask(question)
         visitor.click("#nodes > button")
-        visitor.settle(lambda: visitor.text("body"))
+        visitor.until(lambda: "LoReFT" in visitor.text("#table textarea"))
         driver.save_screenshot(file)
         page.close()
 

@@ -99,12 +99,16 @@ def _chat(session: gr.State) -> None:
 
     def ask(session: Session, said: str) -> Iterator[tuple[Any, ...]]:
         before = [[(turn["role"], turn["content"]) for turn in turns] for turns in session.conversations]
+        began = time.perf_counter()
         try:
             for answers in session.answer(said):
                 turns = [[("user", said), ("assistant", answer)] for answer in answers]
                 yield *(_bubbles(old, new) for old, new in zip(before, turns, strict=True)), "", ""
         except ValueError as error:
             yield gr.skip(), gr.skip(), _bad(error), gr.skip()
+        else:
+            done = f"Question {len(before[0]) // 2 + 1}: answered in {time.perf_counter() - began:.1f} s"
+            yield gr.skip(), gr.skip(), done, gr.skip()
 
     def forget(session: Session) -> tuple[Any, ...]:
         return ([], [], "") if (problem := _tried(session.forget)) is None else (gr.skip(), gr.skip(), problem)

@@ -58,20 +58,16 @@ class Visitor:
 
     def ask(self, question: str) -> tuple[str, str]:
         """Ask, and return both answers once they are complete."""
-        count = len(self.said("base")) + 2
+        count = len(self.said("base")) // 2 + 1
         self.type("#question textarea", question)
         self.click("#ask")
-        self.until(lambda: len(self.said("base")) == len(self.said("edited")) == count)
-        self.settle(lambda: (self.said("base"), self.said("edited")))
+        self.until_answered(count)
         return self.said("base")[-1], self.said("edited")[-1]
 
-    def settle(self, look: Callable[[], Any], quiet: float = 2.0) -> None:
-        """Wait until what is looked at has not changed for a while."""
-        seen, since = look(), time.monotonic()
-        while time.monotonic() - since < quiet:
-            time.sleep(0.1)
-            if (now := look()) != seen:
-                seen, since = now, time.monotonic()
+    def until_answered(self, count: int) -> None:
+        """Wait until so many questions have been answered in full."""
+        self.until(lambda: f"Question {count}: answered" in self.text("#notice"))
+        self.until(lambda: len(self.said("base")) == len(self.said("edited")) == 2 * count)
 
     def until(self, look: Callable[[], Any], seconds: float = 120) -> Any:
         """Wait for something to be there, and return it.

@@ -127,8 +127,7 @@ def test_two_visitors_at_once_do_not_see_each_other(visitor, drivers, url, expec
     for one in (visitor, other):
         one.click("#ask")
     for one in (visitor, other):
-        one.until(lambda one=one: len(one.said("edited")) == 2)
-        one.settle(lambda one=one: (one.said("base"), one.said("edited")))
+        one.until_answered(1)
     assert visitor.said("base") == visitor.said("edited") == [OWLS, expected(OWLS)[0]]
     assert other.said("base") == [TRAINS, expected(TRAINS)[0]]
     assert other.said("edited")[0] == TRAINS and other.said("edited")[1] != expected(TRAINS)[0]

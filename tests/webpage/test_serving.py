@@ -69,7 +69,7 @@ def test_a_model_without_a_graph_is_refused_before_anything_is_served(words):
 
 
 def test_without_gradio_the_error_says_what_to_install(model, words, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setitem(sys.modules, "gradio.themes", None)
     with pytest.raises(ImportError, match=r"rh.page needs Gradio: pip install 'reftheads\[demo\]'"):
         rh.page(model, words)
 
