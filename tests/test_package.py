@@ -47,6 +47,7 @@ FLOORS = [
     {
         "probing": "all heads of a graph trained at once on recorded activations",
         "fewshot": "few-shot learning: fine-tuning modes, prompts, tasks, studies",
+        "webpage": "a chat page in the browser: a session for each visitor, its looks, how it is served",
     },
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
@@ -226,6 +227,7 @@ def test_importing_the_package_loads_no_heavy_one():
         "sklearn",
         "trl",
         "transformer_heads",
+        "gradio",
     }
     assert not {name.split(".")[0] for name in new} & heavy
 

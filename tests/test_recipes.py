@@ -3,8 +3,10 @@
 import io
 import json
 import runpy
+import socket
 import subprocess
 import sys
+import urllib.request
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -70,6 +72,23 @@ def test_ten_demonstrations_make_the_chat_model_answer_in_emoji(tmp_path):
     assert figures["edit"]["on_topic"] >= 0.6
     assert figures["edit"]["parameters"] == 2 * 4 * 192 + 4
     assert "120 prompts" in shown
+
+
+def test_the_chat_page_is_served_once_the_model_has_learnt(tmp_path):
+    pytest.importorskip("gradio", reason="needs the extra demo: Gradio")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-W", "ignore", str(RECIPES / "chat_page.py"), "--steps", "3", "--port", str(port)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as page:
+        assert page.stdout is not None
+        try:
+            printed = list(iter(page.stdout.readline, f"* Running on local URL:  http://127.0.0.1:{port}\n"))
+            assert page.poll() is None, "".join(printed)
+            assert b"reftheads" in urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60).read()
+        finally:
+            page.terminate()
+    assert not list(tmp_path.iterdir())  # the folder of adapters is made when one is saved
 
 
 def test_the_embedded_model_is_small_and_stops(tmp_path):

@@ -20,6 +20,7 @@ from reftheads.runtime.generate import option, real_tokens
 from reftheads.runtime.node_module import NodeModule
 from reftheads.runtime.plan import Plan
 from reftheads.runtime.scope import entering, scope_of
+from reftheads.runtime.strengths import read_strengths
 
 # arguments of `generate` by which it does not begin with the prompt's tokens and a cache that grows
 _OTHER_WAYS = frozenset(
@@ -141,6 +142,39 @@ class InterventionModel(SavablePeftModel):
         one of its own, or runs in `contextvars.copy_context()`.
         """
         with self.tuner.layer.silent():
+            yield
+
+    @contextmanager
+    def at_strength(self, strengths: Mapping[str, float]) -> Iterator[None]:
+        """Let edits act more or less than they learnt to within the block: h ↦ h + s · (edit(h) − h).
+
+        0 leaves a node out, as if it were not there, 1 is what it learnt, 2 twice as much. It holds for whose calls
+        `disable_adapter` holds: those of the thread or coroutine that entered the block.
+
+        Args:
+            strengths: s by the name of a node, in every adapter that has one; or by `adapter/node`. The others keep the
+                strength that they have around the block.
+
+        Raises:
+            ValueError: a name that no node has, a node that reads, or a strength that is no finite number.
+
+        Example:
+            ```python
+            >>> import torch
+            >>> import reftheads as rh
+            >>> base, tokenizer = rh.load_base("tiny-chat")
+            >>> model = rh.InterventionModel(base, rh.InterventionGraph(rh.Node(rh.LoReFT(rank=4), 3, name="edit")))
+            >>> batch = tokenizer("Tell me about owls.", return_tensors="pt")
+            >>> with model.at_strength({"edit": 0}):
+            ...     without = model(**batch).logits
+            >>> with model.disable_adapter():
+            ...     torch.equal(without, model(**batch).logits)
+            True
+            ```
+        """
+        layer = self.tuner.layer
+        changed = read_strengths(layer, strengths)
+        with entering(layer, strengths={**scope_of(layer).strengths, **changed}):
             yield
 
     @renamed(adapter="adapter_name")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from reftheads._utils.eval_mode import evaluating
 from reftheads.data.encoding import Message
@@ -41,23 +41,29 @@ def reply(
     generate = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": tokenizer.pad_token_id, **generate}
     if isinstance(conversations, str):
         raise ValueError(f"reply takes a list of conversations, got the text {conversations!r}: put it into a list")
-    texts = [_prompt(tokenizer, conversation) for conversation in conversations]
     answers: list[str] = []
-    for start in range(0, len(texts), batch_size):
-        batch = tokenizer(
-            texts[start : start + batch_size],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=not tokenizer.chat_template,
-            return_token_type_ids=False,
-        ).to(model.device)
+    for start in range(0, len(conversations), batch_size):
+        batch = encode_questions(tokenizer, conversations[start : start + batch_size]).to(model.device)
         with torch.no_grad(), evaluating(model):
             ids = model.generate(**batch, **generate)
         if not model.config.is_encoder_decoder:
             ids = ids[:, batch["input_ids"].shape[1] :]
         answers += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [answer.strip() for answer in answers]
+
+
+def encode_questions(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[str | Sequence[Message]]
+) -> BatchEncoding:
+    """Return what `generate` takes, so that each conversation goes on with the model's answer: padded at the left."""
+    return tokenizer(
+        [_prompt(tokenizer, conversation) for conversation in conversations],
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        add_special_tokens=not tokenizer.chat_template,
+        return_token_type_ids=False,
+    )
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, conversation: str | Sequence[Message]) -> str:

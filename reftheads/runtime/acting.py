@@ -146,7 +146,10 @@ def _act(
             part = part.clone()  # kept for the gradient, while a model may add to `h` in place, as Falcon does
         read(run, node, part, selection, h.shape[1], context)
         return h
-    result = module(node.params, part if part.dtype == dtype else part.to(dtype), context)
+    given = part if part.dtype == dtype else part.to(dtype)
+    result = module(node.params, given, context)
+    if node.strength != 1:
+        result = torch.lerp(given, result, node.strength)
     result = result if result.dtype == h.dtype else result.to(h.dtype)
     if index is not None:
         whole = picked.clone()

@@ -160,6 +160,7 @@ class Interventions(nn.Module, BaseTunerLayer):
             adapter_names=scope.adapter_names,
             disabled=scope.disabled or (scope.adapters is None and self.disable_adapters),
             training=self.training,
+            strengths=scope.strengths,
             generation=scope.generation,
             **what,
         )

@@ -28,11 +28,15 @@ class HoldsNodes(Protocol):
 
 
 def nodes_of(layer: HoldsNodes, stack: str, call: Call) -> Iterator[Listed]:
-    """Yield the nodes of a stack that act in a call, adapter by adapter, in the order of their graph."""
+    """Yield the nodes of a stack that act in a call, adapter by adapter, in the order of their graph.
+
+    One at strength 0 does not.
+    """
     for adapter in _adapters(layer, call):
         modules = layer.rh_nodes[adapter]
         for planned in layer.plans[adapter].of_stack(stack):
-            yield (adapter, planned.node.key), planned, modules[planned.node.key]  # type: ignore[index]
+            if call.strengths.get((adapter, str(planned.node.name))) != 0:
+                yield (adapter, planned.node.key), planned, modules[planned.node.key]  # type: ignore[index]
 
 
 def _adapters(layer: HoldsNodes, call: Call) -> list[str]:
@@ -58,7 +62,7 @@ def acting_on(layer: HoldsNodes, nodes: Sequence[Listed], call: Call, tokens: Te
             continue
         if call.adapter_names is not None and tokens is not None:
             rows = _rows_of(adapter, call.adapter_names, tokens)
-        yield Acting(key, planned, module, p, module.dtype, rows, source)
+        yield Acting(key, planned, module, p, module.dtype, rows, source, call.strengths.get(key, 1.0))
 
 
 def by_name(layer: HoldsNodes, call: Call, readings: Mapping[NodeKey, Reading]) -> dict[str, Reading]:
@@ -77,9 +81,9 @@ def by_name(layer: HoldsNodes, call: Call, readings: Mapping[NodeKey, Reading]) 
 
 
 def side_by_side(layer: HoldsNodes, call: Call, rows: int) -> Sequence[str]:
-    """Return the adapters of a batch's rows, if they have one graph and equal shares, one after the other."""
+    """Return the adapters of a batch's rows, if they have one graph, in full, and equal shares, one after the other."""
     names = call.adapter_names
-    if names is None or len(names) != rows or not all(name in layer.plans for name in names):
+    if call.strengths or names is None or len(names) != rows or not all(name in layer.plans for name in names):
         return ()
     adapters = tuple(dict.fromkeys(names))
     share = rows // max(len(adapters), 1)

@@ -45,6 +45,7 @@ class Scope:
             begins.
         adapter_names: of every row of a batch, its adapter; `None`: all adapters act on all rows.
         disabled: whether no node acts.
+        strengths: of nodes that act more or less than they learnt to; 0 leaves one out.
         generation: what `generate` started from, within it.
         replay: what computes a call in the model's place, within `reusing`.
     """
@@ -53,6 +54,7 @@ class Scope:
     adapters: tuple[str, ...] | None = None
     adapter_names: tuple[str, ...] | None = None
     disabled: bool = False
+    strengths: Mapping[NodeKey, float] = field(default_factory=dict)
     generation: Generation | None = None
     replay: Any = None
 
@@ -149,6 +151,7 @@ class Call:
         adapters: which ones act, in their order.
         adapter_names: of every row, its adapter; `None`: all adapters act on all rows.
         disabled: whether no node acts.
+        strengths: of nodes that act more or less than they learnt to.
         training: whether the model is in training mode.
         generation: what `generate` started from, if the call is made within it.
         continues: the prompt that it continues then.
@@ -165,6 +168,7 @@ class Call:
     adapter_names: tuple[str, ...] | None
     disabled: bool
     training: bool
+    strengths: Mapping[NodeKey, float] = field(default_factory=dict)
     generation: Generation | None = None
     continues: Prompt | None = None
     labels: Int[Tensor, "rows ..."] | None = None

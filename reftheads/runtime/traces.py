@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 ATTRIBUTE = "interventions_trace"  # of a cache
 
-Acted = Mapping[NodeKey, tuple[Positions, Tensor | None]]
-"""Of each node that changes what follows its rule, and the rows that it is meant for; `None`: all."""
+Acted = Mapping[tuple[str, str, float], tuple[Positions, Tensor | None]]
+"""Of each node that changes what follows, and its strength: its rule and the rows that it is meant for; `None`: all."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,9 @@ def refuse_other_edits(run: Run, cache: Any, text: Tensor | None) -> None:
             if not torch.equal(old, new):
                 raise ValueError(
                     f"node {key[1]!r} of adapter {key[0]!r} would act on other tokens of the cache than when it was "
-                    "filled, for another prompt or by another adapter, and what is in it cannot be edited any more: "
-                    "leave past_key_values out, or fill it with prompt_mask, a mask over the whole of this prompt"
+                    "filled, for another prompt, by another adapter or at another strength, and what is in it cannot "
+                    "be edited any more: leave past_key_values out, or fill it with prompt_mask, a mask over the whole "
+                    "of this prompt"
                 )
 
 
@@ -138,11 +139,11 @@ def _acted_in(run: Run) -> Acted:
     """Return the edits of a pass, and the readers that some of them look at."""
     nodes = [node for nodes in run.acting.values() for node in nodes if not node.planned.sees_other_tokens]
     sources = {(node.key[0], str(node.planned.node.source)) for node in nodes if node.source is not None}
-    acted: dict[NodeKey, tuple[Positions, Tensor | None]] = {}
+    acted: dict[tuple[str, str, float], tuple[Positions, Tensor | None]] = {}
     for node in nodes:
         for key, rows in _keys(node, 0 if run.shape is None else run.shape[0]):
             if node.planned.edits or key in sources:
-                acted[key] = (node.planned.node.positions, rows)
+                acted[(*key, node.strength)] = (node.planned.node.positions, rows)
     return acted
 
 
@@ -158,7 +159,7 @@ def _keys(node: Acting, rows: int) -> Iterator[tuple[NodeKey, Tensor | None]]:
 
 def _selected(
     acted: Acted, frame: Frame, where: tuple[int, int, int], ids: Tensor | None
-) -> dict[NodeKey, Bool[Tensor, "rows columns"]]:
+) -> dict[tuple[str, str, float], Bool[Tensor, "rows columns"]]:
     """Return what each node selects in some columns, by where the prompt of a pass ends."""
     rows, start, stop = where
     masks = {}
