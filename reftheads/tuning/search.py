@@ -1,7 +1,8 @@
-"""Where to edit: a search by Optuna over graphs, which are trained side by side and left out by thirds."""
+"""Where to edit: a search by Optuna over graphs, which are trained side by side and left out rung by rung."""
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +51,7 @@ def tune(
     direction: Literal["minimize", "maximize"] | None = None,
     directory: str | Path | None = None,
     seed: int = 0,
-    together: int = 16,
+    together: int = 8,
     store: ActivationStore | None = None,
 ) -> Tuning:
     """Search where to edit: layers, positions, rank, kind and learning rate, by a score on rows held out.
@@ -59,8 +60,8 @@ def tune(
     once, and the rows of all of them go through the rest of it as one batch. Each ends with the weights that an
     `InterventionTrainer` with its learning rate would give it alone, from the same seed.
 
-    A round is one successive halving (Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943): 27 candidates are
-    trained for a ninth of the steps, the best third of them anew for a third, and the best third of those for all. Anew,
+    A round is one successive halving (Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943): 32 candidates are
+    trained for a sixteenth of the steps, the best 8 of them anew for a quarter, and the best 2 of those for all. Anew,
     so that each is judged at the end of its own schedule of learning rates. What a round shows, Optuna's TPE
     (Bergstra et al. 2011) goes by in the next one. It needs the extra `reftheads[tune]`.
 
@@ -121,7 +122,7 @@ def tune(
         passes = Passes(base, tokenizer, rows, eval_rows, args, metric, seed, store or ActivationStore())
         search = _Search(passes, Journal(folder, settings), space, ask, steps, together, direction == "maximize")
         try:
-            with same_random_numbers():
+            with same_random_numbers(), _garbage_left_alone():
                 search.run(trials, seconds)
         finally:
             passes.end()
@@ -341,6 +342,19 @@ def _check(
 
 def _name(metric: Any) -> str:
     return getattr(metric, "__name__", type(metric).__name__)
+
+
+@contextmanager
+def _garbage_left_alone() -> Iterator[None]:
+    """Let collections of garbage, of which every training makes one, not look through all that was there before."""
+    if gc.get_freeze_count():  # somebody does so already
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
