@@ -36,9 +36,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Ablate", "ActivationStore", "Collator", "Collect", "ConsReFT", "DiReFT", "Gated", "InterventionConfig",
     "InterventionGraph", "InterventionModel", "InterventionTrainer", "LinearHead", "LoRA", "LoReFT", "LobiReFT",
-    "MLPHead", "NoDiReFT", "NoReFT", "Node", "Positions", "Replace", "ScaleAndBias", "Site", "Space", "Steering", "chat",
-    "encode_chat", "encode_pairs", "encode_preferences", "export_head", "fit_probes", "load_base", "losses", "mix",
-    "predict", "preset", "reply", "sweep", "tune",
+    "MLPHead", "NoDiReFT", "NoReFT", "Node", "Positions", "Replace", "ScaleAndBias", "Site", "Space", "Steering",
+    "chat", "encode_chat", "encode_pairs", "encode_preferences", "export_head", "fit_probes", "load_base", "losses",
+    "mix", "predict", "preset", "reply", "sweep", "tune",
 ]  # fmt: skip
 
 # transformers' Trainer takes longer to import than all the rest together, and inference needs none

@@ -1,4 +1,4 @@
-"""How long a search for where to edit takes until it has found as low a held-out loss, against random search one by one.
+"""How long a search for where to edit takes until its held-out loss is as low as that of random search one by one.
 
     python recipes/benchmarks/tune.py                                     # emoji answers, the embedded toy model
     python recipes/benchmarks/tune.py --task sst2 --model STORIES260K --sst2 SST2_FOLDER

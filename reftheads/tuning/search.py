@@ -158,10 +158,11 @@ class _Search:
     pending: list[tuple[Any, Candidate]] = field(default_factory=list)
     spent: float = 0.0
     _done: list[Pass] = field(default_factory=list)
-    _last: float = field(default_factory=time.perf_counter)
+    _last: float = 0.0
 
     def run(self, trials: int | None, seconds: float | None) -> None:
         """Go on round after round until so many candidates were tried, or the time is over."""
+        self._last = time.perf_counter()
         with _progress() as bar:
             line = bar.add_task("tuning", total=trials or seconds)
 
@@ -323,7 +324,9 @@ def _check(
     """Return the budget in seconds, `None` without one. Raise `ValueError` for what is no search."""
     for name, rows in datasets.items():
         if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
-            raise ValueError(f"{name} must be rows in a list or Dataset, as from encode_pairs, got a {type(rows).__name__}")
+            raise ValueError(
+                f"{name} must be rows in a list or Dataset, as from encode_pairs, got a {type(rows).__name__}"
+            )
         if not count_rows(rows):
             raise ValueError(f"{name} is empty: give at least one row, as from encode_pairs")
     for name, count in (("trials", trials), ("steps", steps), ("together", together)):

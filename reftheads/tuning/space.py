@@ -105,7 +105,7 @@ class Space:
     beside: InterventionGraph | None = None
 
     def __post_init__(self) -> None:
-        single = {"positions": str | int | Positions, "components": str, "kinds": type | partial, "layers": int}
+        single = {"positions": str | int | Positions, "components": str, "kinds": Callable, "layers": int}
         for name, alone in single.items():
             value = getattr(self, name)
             if value is not None:
@@ -131,11 +131,15 @@ class Space:
         """
         blocks = next((len(stack.blocks) for stack in reversed(stacks(base)) if stack.blocks), 0)
         if not blocks:
-            raise ValueError(f"no transformer blocks recognised in this {type(base).__name__}: there is no layer to edit")
+            raise ValueError(
+                f"no transformer blocks recognised in this {type(base).__name__}: there is no layer to edit"
+            )
         layers = range(blocks) if self.layers is None else self.layers
         unknown = [layer for layer in layers if not -blocks <= layer < blocks]
         if unknown:
-            raise ValueError(f"the space has layer {unknown[0]}, but the model has {blocks}: use {-blocks} to {blocks - 1}")
+            raise ValueError(
+                f"the space has layer {unknown[0]}, but the model has {blocks}: use {-blocks} to {blocks - 1}"
+            )
         found = Space(
             tuple(sorted({layer % blocks for layer in layers})), self.positions, self.rank, self.lr, self.kinds,
             self.components, self.nodes, self.beside,
