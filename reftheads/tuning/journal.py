@@ -95,7 +95,8 @@ def _read(file: Path, settings: Mapping[str, Any]) -> list[Pass]:
             "Give another directory to begin a new search"
         )
     passes = []
-    for number, entry in enumerate(content.get("passes") or ()):
+    entries: list[Any] = content.get("passes") or []
+    for number, entry in enumerate(entries):
         try:
             steps, scores, seconds, step_seconds = entry
             by_number = {int(n): None if score is None else float(score) for n, score in scores}

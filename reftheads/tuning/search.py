@@ -24,7 +24,7 @@ from reftheads.reuse.store import ActivationStore
 from reftheads.tuning.journal import Journal, Pass, digest_of_rows
 from reftheads.tuning.passes import Metric, Passes, adapter_name, steps_of
 from reftheads.tuning.result import Tuning, ranked
-from reftheads.tuning.rungs import WIDTH, Pace, affordable, rungs, seconds_of
+from reftheads.tuning.halving import WIDTH, Pace, affordable, rungs, seconds_of
 from reftheads.tuning.space import Candidate, Space
 
 MEASURED = 3  # steps of the pass that shows how long one takes
@@ -56,17 +56,17 @@ def tune(
 ) -> Tuning:
     """Search where to edit: layers, positions, rank, kind and learning rate, by a score on rows held out.
 
-    Candidates are trained side by side: what the base model computes of a batch below and before all of them is recorded
-    once, and the rows of all of them go through the rest of it as one batch. Each ends with the weights that an
-    `InterventionTrainer` with its learning rate would give it alone, from the same seed.
+    Candidates are trained side by side: what the base model computes of a batch below and before all of them is
+    recorded once, and the rows of all of them go through the rest of it as one batch. Each ends with the weights that
+    an `InterventionTrainer` with its learning rate would give it alone, from the same seed.
 
     A round is one successive halving (Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943): 32 candidates are
     trained for a sixteenth of the steps, the best 8 of them anew for a quarter, and the best 2 of those for all. Anew,
     so that each is judged at the end of its own schedule of learning rates. What a round shows, Optuna's TPE
     (Bergstra et al. 2011) goes by in the next one. It needs the extra `reftheads[tune]`.
 
-    With `trials`, a seed gives the same search on the same machine. A budget of time ends it between passes, so that how
-    far it comes depends on the machine; it is kept to about a pass. One candidate at least is trained to the end.
+    With `trials`, a seed gives the same search on the same machine. A budget of time ends it between rungs, so that
+    how far it comes depends on the machine. One candidate at least is trained to the end.
 
     Args:
         base: the base model; at the end it has the best graph.
@@ -101,7 +101,7 @@ def tune(
         >>> found.best.steps, found.model.plan().graph == found.best.graph
         (9, True)
         >>> sorted(candidate.steps for candidate in found)  # two went on, one of them to the end
-        [1, 1, 1, 3, 9]
+        [1, 1, 1, 2, 9]
         ```
     """
     seconds = _check(budget, trials, steps, together, metric, direction, rows=rows, eval_rows=eval_rows)
@@ -189,8 +189,8 @@ class _Search:
         finished = self._finished()
         if not finished:
             raise FloatingPointError(
-                f"the loss of each of the {len(self.candidates)} candidates that were tried became NaN or infinite: lower "
-                "the learning rates of the space, or look at the rows and at the base model's type of numbers"
+                f"the loss of each of the {len(self.candidates)} candidates that were tried became NaN or infinite: "
+                "lower the learning rates of the space, or look at the rows and at the base model's type of numbers"
             )
         return ranked(finished, self.maximize)[0]
 
@@ -289,7 +289,7 @@ def _groups(candidates: Sequence[Candidate], most: int) -> list[list[Candidate]]
     return groups
 
 
-def _asking(seed: int, direction: str) -> Callable[[], Any]:
+def _asking(seed: int, direction: Literal["minimize", "maximize"]) -> Callable[[], Any]:
     """Return what gives one trial of Optuna after the other.
 
     Raises:

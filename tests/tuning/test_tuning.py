@@ -18,7 +18,7 @@ import reftheads as rh
 from reftheads.reuse.eligibility import Eligibility
 from reftheads.tuning import Candidate, Tuning, search
 from reftheads.tuning.passes import Passes
-from reftheads.tuning.rungs import Pace, affordable, rungs, seconds_of
+from reftheads.tuning.halving import Pace, affordable, rungs, seconds_of
 
 STEPS = 4
 EXACT = partial(rh.LoReFT, dtype="float64")
