@@ -2,7 +2,8 @@
 
     python docs/images/draw_tuning.py [FILE]
 
-Ten demonstrations of answers in emoji, as in recipes/emoji_chat.py, are learnt by the embedded model; forty others judge.
+Ten demonstrations of answers in emoji, as in recipes/emoji_chat.py, are learnt by the embedded model; forty others
+judge.
 """
 
 import sys

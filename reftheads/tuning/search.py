@@ -21,10 +21,10 @@ from reftheads.adapter.model import InterventionModel
 from reftheads.data.rows import count_rows
 from reftheads.reuse.fingerprint import Fingerprint
 from reftheads.reuse.store import ActivationStore
+from reftheads.tuning.halving import WIDTH, Pace, affordable, rungs, seconds_of
 from reftheads.tuning.journal import Journal, Pass, digest_of_rows
 from reftheads.tuning.passes import Metric, Passes, adapter_name, steps_of
 from reftheads.tuning.result import Tuning, ranked
-from reftheads.tuning.halving import WIDTH, Pace, affordable, rungs, seconds_of
 from reftheads.tuning.space import Candidate, Space
 
 MEASURED = 3  # steps of the pass that shows how long one takes

@@ -17,8 +17,8 @@ from transformers.trainer_callback import PrinterCallback
 import reftheads as rh
 from reftheads.reuse.eligibility import Eligibility
 from reftheads.tuning import Candidate, Tuning, search
-from reftheads.tuning.passes import Passes
 from reftheads.tuning.halving import Pace, affordable, rungs, seconds_of
+from reftheads.tuning.passes import Passes
 
 STEPS = 4
 EXACT = partial(rh.LoReFT, dtype="float64")
