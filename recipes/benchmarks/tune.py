@@ -49,7 +49,7 @@ def main(
         for seed in bar.track(seeds, description="seeds"):
             found.append(compared(setup, steps, candidates, trials, seed, bar))
             bar.console.print(found[-1])
-    show(found, task, model, candidates)
+    show(found, task, model, candidates, trials)
     if out:
         write_json(out / f"tune_{task}.json", settings | {"found": [asdict(one) for one in found]})
 
@@ -114,7 +114,6 @@ class Compared:
         plain, reused: seconds until it had that, each candidate trained plainly, or with reuse.
         plain_all, reused_all: seconds of the whole random search.
         tuned: seconds until `rh.tune` had a loss as low, `None` if it never had.
-        tuned_round: seconds of its first round, which begins with 32 candidates.
         tuned_all, best: seconds of the whole search, and what it came to.
     """
 
@@ -125,7 +124,6 @@ class Compared:
     plain_all: float
     reused_all: float
     tuned: float | None
-    tuned_round: float
     tuned_all: float
     best: float
 
@@ -157,15 +155,13 @@ def compared(setup: Setup, steps: int, candidates: int, trials: int, seed: int, 
         )  # fmt: skip
         whole = time.perf_counter() - began
         passes = json.loads(Path(folder, "search", "search.json").read_text())["passes"]
-    at, tuned, ends = whole - found.seconds, None, []
+    at, tuned = whole - found.seconds, None
     for taken, scores, seconds, _ in passes:
         at += seconds
         if taken == steps:
-            ends.append(at)
             reached = [score for _, score in scores if score is not None and score <= target * 1.001]
             tuned = at if reached and tuned is None else tuned
-    first = [end for end in ends if sum(e <= end for e in ends) <= 2][-1]  # at most two passes are trained to the end
-    return Compared(seed, target, plain, reused, spent["off"], spent["reused"], tuned, first, whole, found.best.score)
+    return Compared(seed, target, plain, reused, spent["off"], spent["reused"], tuned, whole, found.best.score)
 
 
 def alone(base: Any, tokenizer: Any, setup: Setup, candidate: Candidate, steps: int, reuse: Any) -> float:
@@ -186,7 +182,7 @@ def alone(base: Any, tokenizer: Any, setup: Setup, candidate: Candidate, steps: 
         model.unload()
 
 
-def show(found: list[Compared], task: str, model: str, candidates: int) -> None:
+def show(found: list[Compared], task: str, model: str, candidates: int, trials: int) -> None:
     """Print each seed, and the medians of the ratios."""
     table = Table(
         "seed", "loss", "plain, s", "reused, s", "tune, s", "against plain", "against reused", "tune's best",
@@ -203,9 +199,10 @@ def show(found: list[Compared], task: str, model: str, candidates: int) -> None:
         )  # fmt: skip
     console = Console(width=130)
     console.print(table)
-    whole = [(one.plain_all / one.tuned_all, one.reused_all / one.tuned_all) for one in found]
+    more = trials / candidates
+    whole = [(more * one.plain_all / one.tuned_all, more * one.reused_all / one.tuned_all) for one in found]
     plain, reused = (statistics.median(ratio) for ratio in zip(*whole, strict=True))
-    console.print(f"whole searches, medians: {plain:.1f} × plain, {reused:.1f} × with reuse")
+    console.print(f"candidates a second, medians: {plain:.1f} × plain, {reused:.1f} × with reuse")
     times = [one for one in found if one.tuned is not None]
     if times:
         plain = statistics.median(one.plain / one.tuned for one in times)
