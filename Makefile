@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM := false
 
 # pyreft asks for an old transformers that it does not need, so it comes without its dependencies
 .venv/dev: .venv/smollm2
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,demo,bench,fewshot,recipes]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,demo,bench,fewshot,recipes,tune]'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps pyreft
 	touch $@
 
@@ -74,6 +74,7 @@ bench: .venv/dev
 	$(BIN)/python recipes/benchmarks/overhead.py
 	$(BIN)/python recipes/benchmarks/cone.py
 	$(BIN)/python recipes/benchmarks/probes.py
+	$(BIN)/python recipes/benchmarks/tune.py
 
 docs: .venv/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -81,6 +82,7 @@ docs: .venv/dev
 pictures: .venv/dev
 	$(BIN)/python docs/images/draw_cone.py
 	PYTHONPATH=tests $(BIN)/python docs/images/draw_chat_page.py
+	$(BIN)/python docs/images/draw_tuning.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from reftheads.probing import fit_probes
     from reftheads.training.sweeps import sweep
     from reftheads.training.trainer import InterventionTrainer
+    from reftheads.tuning import Space, tune
     from reftheads.webpage import page
 
 __version__ = "0.1.0"
@@ -36,15 +37,15 @@ __version__ = "0.1.0"
 __all__ = [
     "Ablate", "ActivationStore", "Collator", "Collect", "ConsReFT", "DiReFT", "Gated", "InterventionConfig",
     "InterventionGraph", "InterventionModel", "InterventionTrainer", "LinearHead", "LoRA", "LoReFT", "LobiReFT",
-    "MLPHead", "NoDiReFT", "NoReFT", "Node", "Positions", "Replace", "ScaleAndBias", "Site", "Steering", "chat",
-    "encode_chat", "encode_pairs", "encode_preferences", "export_head", "fit_probes", "load_base", "losses", "mix",
-    "page", "predict", "preset", "reply", "sweep",
+    "MLPHead", "NoDiReFT", "NoReFT", "Node", "Positions", "Replace", "ScaleAndBias", "Site", "Space", "Steering",
+    "chat", "encode_chat", "encode_pairs", "encode_preferences", "export_head", "fit_probes", "load_base", "losses",
+    "mix", "page", "predict", "preset", "reply", "sweep", "tune",
 ]  # fmt: skip
 
 # transformers' Trainer takes longer to import than all the rest together, and inference needs none
 _LATE = {
-    "InterventionTrainer": "reftheads.training", "fit_probes": "reftheads.probing", "page": "reftheads.webpage",
-    "sweep": "reftheads.training",
+    "InterventionTrainer": "reftheads.training", "Space": "reftheads.tuning", "fit_probes": "reftheads.probing",
+    "page": "reftheads.webpage", "sweep": "reftheads.training", "tune": "reftheads.tuning",
 }  # fmt: skip
 
 # what authors of node types and readers of results name; once at this level, now in the packages alone

@@ -48,6 +48,7 @@ FLOORS = [
         "probing": "all heads of a graph trained at once on recorded activations",
         "fewshot": "few-shot learning: fine-tuning modes, prompts, tasks, studies",
         "webpage": "a chat page in the browser: a session for each visitor, its looks, how it is served",
+        "tuning": "where to edit: a search whose candidates are trained side by side",
     },
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}

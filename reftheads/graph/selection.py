@@ -52,6 +52,11 @@ class Selection:
         mask = keep[:, None].expand(-1, chunk)
         return Selection(mask=mask if self.mask is None else self.mask & mask)
 
+    def of(self, share: slice) -> Selection:
+        """Return the selection of some of the rows, for a tensor that has no others."""
+        mask, columns, valid = (None if t is None else t[share] for t in (self.mask, self.columns, self.valid))
+        return Selection(mask, columns, valid)
+
     def gather(self, h: Float[Tensor, "batch chunk width"]) -> Float[Tensor, "batch slots width"]:
         """Return the selected tokens, or `h` where slots are columns."""
         if self.columns is None:

@@ -31,7 +31,7 @@ from reftheads.runtime.hooks import ending, in_this_thread
 from reftheads.runtime.interventions import RUN
 from reftheads.runtime.output import extend, replaced
 from reftheads.runtime.passes import Acting, Frame, HookKey, Replayed, Run, by_place
-from reftheads.runtime.roster import acting_on, by_name, nodes_of, side_by_side
+from reftheads.runtime.roster import acting_on, by_name, equal_shares, nodes_of
 from reftheads.runtime.scope import Call
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Execution:
             handle.remove()
         of_labels = wanted[where]
         of_tokens = token_losses(at_labels[0], of_labels, lm_head) if apart else losses_of(out.logits[0], of_labels)
-        adapters = side_by_side(self.facts.layer, call, len(labels))
+        adapters = equal_shares(self.facts.layer, call, len(labels))
         counts = [len(where)]
         if adapters:  # rows come one adapter after the other
             share = wanted.numel() // len(adapters)
@@ -213,7 +213,7 @@ def _read(run: Run, act: Acting, rows: Rows, seen: Sequence[Float[Tensor, "selec
     selection = Selection() if bool(mask.all()) and rule.bound is None else rule.pick(mask)
     if selection is None:
         return
-    if act.rows is not None:
+    if act.share is None and act.rows is not None:
         selection = selection.rows(act.rows.to(mask.device), mask.shape[1])
     if selection.columns is None:
         h = seen[0].new_zeros((*mask.shape, seen[0].shape[-1]))
@@ -221,6 +221,8 @@ def _read(run: Run, act: Acting, rows: Rows, seen: Sequence[Float[Tensor, "selec
     else:
         h = pad_sequence(list(seen), batch_first=True)
         h = F.pad(h, (0, 0, 0, selection.columns.shape[1] - h.shape[1]))
+    if act.share is not None:
+        h, selection = h[act.share], selection.of(act.share)
     read(run, act, h, selection, mask.shape[1])
 
 

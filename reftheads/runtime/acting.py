@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from reftheads.architectures.address import Form
@@ -116,16 +117,31 @@ def _act_in_turn(run: Run, nodes: Sequence[Acting], h: Tensor, x: Tensor) -> Ten
 def _act(
     run: Run, node: Acting, h: Float[Tensor, "batch chunk width"], x: Float[Tensor, "batch chunk input_width"]
 ) -> Float[Tensor, "batch chunk width"]:
-    planned, module = node.planned, node.module
-    positions = planned.node.positions
+    planned, positions = node.planned, node.planned.node.positions
     if planned.sees_other_tokens:
         selection = run.frame.of_encoder(h)
     else:
         selection = run.selection(positions, h, planned.may_use_a_mask)
     if selection is None:
         return h
+    if node.share is not None:
+        own = h[node.share]
+        entered = x[node.share] if _needs_what_entered(node) else x
+        new = _act_on(run, node, own, entered, selection.of(node.share))
+        return h if new is own else h.slice_scatter(new, 0, node.share.start, node.share.stop)
     if node.rows is not None:
         selection = selection.rows(node.rows.to(h.device), h.shape[1])
+    return _act_on(run, node, h, x, selection)
+
+
+def _act_on(
+    run: Run,
+    node: Acting,
+    h: Float[Tensor, "batch chunk width"],
+    x: Float[Tensor, "batch chunk input_width"],
+    selection: Selection,
+) -> Float[Tensor, "batch chunk width"]:
+    planned, module = node.planned, node.module
     source = None
     if node.source is not None:
         source = _source(run, node).beside(h)
@@ -174,6 +190,11 @@ def read(
     value = module(node.params, h.to(node.dtype or h.dtype), context)
     if module.intervention.pools:
         valid, columns = valid.any(1, keepdim=True), None
+    if node.share is not None:
+        assert run.shape is not None
+        rows = node.share.start, run.shape[0] - node.share.stop
+        value, valid = F.pad(value, (0, 0, 0, 0, *rows)), F.pad(valid, (0, 0, *rows))
+        columns = None if columns is None else F.pad(columns, (0, 0, *rows))
     owned = {node.key: (valid, module.stored())} if isinstance(module, NodeModule) else {}
     if isinstance(module, SideBySide):
         whose = torch.arange(len(h), device=h.device)[:, None] // (len(h) // len(module.modules))

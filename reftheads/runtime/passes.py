@@ -87,6 +87,7 @@ class Acting(NamedTuple):
     dtype: torch.dtype | None  # of the computation; None: that of the hidden states
     rows: Bool[Tensor, " batch"] | None  # the rows that its adapter was picked for
     source: PlannedNode | None  # the node that it reads
+    share: slice | None = None  # the same rows, where they stand together: it sees no others
     strength: float = 1.0  # how much of its edit is made
 
 

@@ -52,9 +52,10 @@ def acting_on(layer: HoldsNodes, nodes: Sequence[Listed], call: Call, tokens: Te
         ValueError: a number of adapter names that does not fit the rows.
     """
     derived = _derived([module for _, _, module in nodes], call)
-    stacked = () if tokens is None else side_by_side(layer, call, len(tokens))
+    shares = () if tokens is None else equal_shares(layer, call, len(tokens))
+    stacked = shares if _one_graph(layer, shares) and not call.strengths else ()
     for (adapter, _), planned, module in _node_by_node(nodes) if len(stacked) > 1 else nodes:
-        key, rows, p = (adapter, str(planned.node.name)), None, derived[module]
+        key, rows, share, p = (adapter, str(planned.node.name)), None, None, derived[module]
         source = None if planned.node.source is None else layer.plans[adapter][planned.node.source]
         if len(stacked) > 1 and source is None and p is not None:
             if adapter == stacked[0]:
@@ -62,7 +63,11 @@ def acting_on(layer: HoldsNodes, nodes: Sequence[Listed], call: Call, tokens: Te
             continue
         if call.adapter_names is not None and tokens is not None:
             rows = _rows_of(adapter, call.adapter_names, tokens)
-        yield Acting(key, planned, module, p, module.dtype, rows, source, call.strengths.get(key, 1.0))
+            if len(shares) > 1 and source is None and not planned.sees_other_tokens:
+                size = len(tokens) // len(shares)
+                share = slice(size * shares.index(adapter), size * (shares.index(adapter) + 1))
+        strength = call.strengths.get(key, 1.0)
+        yield Acting(key, planned, module, p, module.dtype, rows, source, share, strength)
 
 
 def by_name(layer: HoldsNodes, call: Call, readings: Mapping[NodeKey, Reading]) -> dict[str, Reading]:
@@ -80,17 +85,20 @@ def by_name(layer: HoldsNodes, call: Call, readings: Mapping[NodeKey, Reading]) 
     }
 
 
-def side_by_side(layer: HoldsNodes, call: Call, rows: int) -> Sequence[str]:
-    """Return the adapters of a batch's rows, if they have one graph, in full, and equal shares, one after the other."""
+def equal_shares(layer: HoldsNodes, call: Call, rows: int) -> Sequence[str]:
+    """Return the adapters of a batch's rows, if they have equal shares of them, one after the other."""
     names = call.adapter_names
-    if call.strengths or names is None or len(names) != rows or not all(name in layer.plans for name in names):
+    if names is None or len(names) != rows or not all(name in layer.plans for name in names):
         return ()
     adapters = tuple(dict.fromkeys(names))
     share = rows // max(len(adapters), 1)
     if names != tuple(name for name in adapters for _ in range(share)):
         return ()
-    one_graph = all(layer.plans[name].graph == layer.plans[adapters[0]].graph for name in adapters)
-    return adapters if one_graph else ()
+    return adapters
+
+
+def _one_graph(layer: HoldsNodes, adapters: Sequence[str]) -> bool:
+    return all(layer.plans[name].graph == layer.plans[adapters[0]].graph for name in adapters)
 
 
 def _node_by_node(nodes: Sequence[Listed]) -> list[Listed]:
