@@ -283,6 +283,8 @@ def _texts(config: Any, pixels: list[Tensor], noise: Noise) -> Iterator[Kind]:
         yield Kind("input_ids", second)
         yield Kind("input_ids", second, beside={"bbox": lambda ids: box.expand(*ids.shape, 4)})
     yield Kind("input_ids")
+    if config.is_encoder_decoder:  # of an image alone, before it is given a text that it makes nothing of
+        yield from (Kind("decoder_input_ids", {"pixel_values": p}) for p in pixels)
     yield from _codes(config, "num_codebooks")
     if _stand_ins(config):
         yield from (Kind("input_ids", {"pixel_values": p}, _stand_ins(config)) for p in pixels)
@@ -290,7 +292,6 @@ def _texts(config: Any, pixels: list[Tensor], noise: Noise) -> Iterator[Kind]:
         yield from (Kind("input_ids", {"pixel_values": p} | more) for p in pixels)
     for more in (second, {}):
         yield from (Kind("input_ids", {"pixel_values": p[:, None]} | more) for p in pixels)
-    yield from (Kind("decoder_input_ids", {"pixel_values": p}) for p in pixels)
     yield Kind("decoder_input_ids", {"flattened_patches": noise(8, 2 + 3 * 16).abs()})
     yield from _images_in_text(config, pixels, noise)
     protein = torch.tensor(words((7,), seed=6))
