@@ -35,14 +35,15 @@ def encode_pairs(
         prompts: tokenised with the tokenizer's special tokens, such as BOS.
         answers: tokenised without them, exactly as they are: most need a space at their beginning.
         add_eos: ends each answer with the tokenizer's EOS token.
-        max_length: cuts longer rows at the left of the prompt, never in the answer, and warns how many.
+        max_length: cuts longer rows at the left of the prompt, never in the answer, and warns how many. Left out, a row
+            that is longer than the tokenizer's `model_max_length` is an error.
 
     Returns:
         One row per prompt: `input_ids`, `attention_mask`, `labels`, `prompt_mask`.
 
     Raises:
         ValueError: no pairs, or numbers of prompts and answers that differ; an answer without tokens or
-            longer than `max_length`.
+            longer than `max_length`; a row that is longer than the model takes.
 
     Example:
         ```python
@@ -63,7 +64,7 @@ def encode_pairs(
     end = [tokenizer.eos_token_id] if add_eos and tokenizer.eos_token_id is not None else []
     prompt_ids = tokenizer(prompts)["input_ids"]
     answer_ids = encode_continuations(tokenizer, answers)
-    return _rows(prompt_ids, [[[*ids, *end]] for ids in answer_ids], max_length)  # type: ignore[arg-type]
+    return _rows(tokenizer, prompt_ids, [[[*ids, *end]] for ids in answer_ids], max_length)  # type: ignore[arg-type]
 
 
 def encode_chat(
@@ -92,8 +93,9 @@ def encode_chat(
         One row per conversation: `input_ids`, `attention_mask`, `labels`, `prompt_mask`.
 
     Raises:
-        ValueError: a tokenizer without chat template, no conversations, one that does not end with an answer, or, for
-            all turns, one that the template writes otherwise once it goes on.
+        ValueError: a tokenizer without chat template, no conversations, one that does not end with an answer, has a
+            message that says nothing or is longer than the model takes, or, for all turns, one that the template
+            writes otherwise once it goes on.
 
     Example:
         ```python
@@ -125,12 +127,20 @@ def encode_chat(
                 "a conversation must be a question at least and end with an answer of the role 'assistant', "
                 f"got {messages!r}"
             )
+        _check_messages(messages)
         prompt, *rest = _last_turn(tokenizer, messages) if turns == "last" else _all_turns(tokenizer, messages)
         prompts.append(prompt)
         rests.append(rest)
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     rest_ids = iter(encode_continuations(tokenizer, [text for rest in rests for text in rest]))
-    return _rows(prompt_ids, [[next(rest_ids) for _ in rest] for rest in rests], max_length)  # type: ignore[arg-type]
+    return _rows(tokenizer, prompt_ids, [[next(rest_ids) for _ in rest] for rest in rests], max_length)  # type: ignore[arg-type]
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    """Raise `ValueError` for a message that says nothing, and calls no tool instead."""
+    for i, message in enumerate(messages):
+        if not message.get("content") and not message.get("tool_calls"):
+            raise ValueError(f"message {i} of a conversation says nothing: {message!r}: leave that conversation out")
 
 
 def _last_turn(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[str]:
@@ -250,7 +260,12 @@ def encode_preferences(
     return [list(pair) for pair in zip(rows(chosen, 1), rows(rejected, -1), strict=True)]
 
 
-def _rows(prompts: list[list[int]], rests: list[list[list[int]]], max_length: int | None) -> list[dict[str, list[int]]]:
+def _rows(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    rests: list[list[list[int]]],
+    max_length: int | None,
+) -> list[dict[str, list[int]]]:
     """Join prompts with what follows, and cut prompts at the left where a row is too long.
 
     Args:
@@ -261,6 +276,11 @@ def _rows(prompts: list[list[int]], rests: list[list[list[int]]], max_length: in
         if not all(rest[::2]):
             raise ValueError("an answer has no tokens, so there is nothing to learn from it: leave that pair out")
         length = sum(map(len, rest))
+        if max_length is None and len(prompt) + length > tokenizer.model_max_length:
+            raise ValueError(
+                f"row {len(rows)} has {len(prompt) + length} tokens, and the model takes {tokenizer.model_max_length}: "
+                "give max_length to cut prompts at the left, or leave that row out"
+            )
         if max_length is not None and len(prompt) + length > max_length:
             if length >= max_length:
                 raise ValueError(

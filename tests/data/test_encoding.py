@@ -131,3 +131,22 @@ def test_conversations_make_pairs_too_and_numbers_that_differ_are_an_error(token
     assert chosen["input_ids"][:-2] == rejected["input_ids"][:-2] and chosen["input_ids"] != rejected["input_ids"]
     with pytest.raises(ValueError, match="got 1 prompts, 2 and 1 answers"):
         rh.encode_preferences(tokenizer, ["a"], ["b", "c"], ["d"])
+
+
+@pytest.mark.parametrize("content", ["", None])
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_message_that_says_nothing_is_an_error(turn, content):
+    _, tokenizer = rh.load_base("tiny-chat")
+    messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!"}]
+    messages[turn] = messages[turn] | {"content": content}
+    with pytest.raises(ValueError, match=f"message {turn} of a conversation says nothing"):
+        rh.encode_chat(tokenizer, [messages])
+
+
+def test_a_row_that_is_longer_than_the_model_takes_is_an_error_unless_it_is_cut():
+    _, tokenizer = rh.load_base("tiny-chat")
+    with pytest.raises(ValueError, match=r"row 1 has \d+ tokens, and the model takes 512: give max_length"):
+        rh.encode_pairs(tokenizer, ["Hi.", "dogs " * 600], ["Yes.", "No."])
+    with pytest.warns(UserWarning, match="cut the prompts of 1 of 2 rows"):
+        rows = rh.encode_pairs(tokenizer, ["Hi.", "dogs " * 600], ["Yes.", "No."], max_length=512)
+    assert len(rows[1]["input_ids"]) == 512
