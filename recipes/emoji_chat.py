@@ -50,12 +50,7 @@ def main(
     shown, held_out = draw(seed, prompts, demonstrations)
 
     base, tokenizer = rh.load_base(model, dtype=dtype or usual.dtype)
-    edit = rh.LoReFT(rank=rank or usual.rank)
-    nodes = [
-        rh.Node(edit, layer, positions=positions or usual.positions, name=f"emoji_{layer}")
-        for layer in layers or usual.layers or [layer_of(base, None)]
-    ]
-    tuned = rh.InterventionModel(base, rh.InterventionGraph(*nodes))
+    tuned = rh.InterventionModel(base, edits(base, usual, layers, positions, rank))
     rows = encode(tokenizer, shown)
     seconds = train(tuned, tokenizer, rows, steps or usual.steps, lr or usual.lr, seed)
     answers = ask(tuned, tokenizer, held_out)
@@ -91,6 +86,14 @@ USUAL = {
     "smollm2-135m": Usual((10, 15, 20, 25), "all", rank=4, steps=50, lr=2e-3, dtype="auto"),
 }
 """Model -> what docs/results/emoji.md found for it; other models get the first."""
+
+
+def edits(
+    base, usual: Usual, layers: Sequence[int] | None, positions: str | None, rank: int | None
+) -> rh.InterventionGraph:
+    """Return the graph that was asked for, and what is usual where nothing was."""
+    layers = layers or usual.layers or [layer_of(base, None)]
+    return rh.InterventionGraph.over(rh.LoReFT(rank or usual.rank), layers, positions or usual.positions)
 
 
 def train(tuned, tokenizer, rows: list[dict], steps: int, lr: float, seed: int) -> float:
