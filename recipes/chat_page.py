@@ -20,12 +20,12 @@ def main(
     rank: int | None = None, steps: int | None = None, lr: float | None = None, seed: int = 0,
     adapters: Path = Path("adapters"), port: int | None = None,
 ) -> None:  # fmt: skip
-    """Train an edit from ten demonstrations, then serve the page."""
+    """Train an edit from demonstrations, then serve the page."""
     begin(model, seed=seed)
     usual = USUAL.get(model, USUAL["tiny-chat"])
     base, tokenizer = rh.load_base(model, dtype=usual.dtype)
     tuned = rh.InterventionModel(base, edits(base, usual, layers, positions, rank))
-    shown, _ = draw(seed, 0)
+    shown, _ = draw(seed, 0, usual.demonstrations)
     train(tuned, tokenizer, encode(tokenizer, shown), steps or usual.steps, lr or usual.lr, seed)
     rh.page(tuned, tokenizer, demonstrations=shown, directory=adapters, learning_rate=lr or usual.lr, server_port=port)
 
