@@ -121,6 +121,24 @@ def test_the_benchmark_prints_its_tables():
     assert "import reftheads" in run("benchmarks/overhead.py", "import")
 
 
+def test_a_step_on_real_rows_has_the_loss_that_pyreft_gives(tmp_path):
+    pytest.importorskip("pyreft")
+    row = {"question": "Tom has 3 dogs and gets 2. How many has he?", "answer": "3 + 2 = 5\n#### 5"}
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    asked = "--model", "tiny-chat", "--data", tmp_path, "--only", "GSM8K", "--repeats", 1, "--out", tmp_path / "out"
+    shown = run("benchmarks/cone.py", *asked)
+    figures = json.loads((tmp_path / "out" / "cone.json").read_text())
+    assert "GSM8K, l1 at block 4" in shown and {"pyreft", "LoRA r=8"} <= {row["row"] for row in figures["rows"]}
+    assert figures["greatest_difference"]["GSM8K, l1 at block 4"] < 1e-5
+
+
+def test_real_rows_need_a_real_model():
+    with pytest.raises(SystemExit) as end:
+        run("benchmarks/cone.py", "--data", "somewhere")
+    assert end.value.code == 2
+
+
 def test_a_sweep_prints_its_grid_and_writes_a_plot_and_all_figures(tmp_path):
     shown = run(
         "sweep.py", "--ranks", "1", "--rates", "1e-2", "--seeds", "0,1", "--steps", 5, "--out", tmp_path / "out"

@@ -4,21 +4,24 @@
     python recipes/benchmarks/cone.py --only commonsense --repeats 3
     python recipes/benchmarks/cone.py --only SST-2 --encoder MINILM_FOLDER --sst2 SST2_FOLDER
     python recipes/benchmarks/cone.py --device cuda --dtype bfloat16
+    python recipes/benchmarks/cone.py --model smollm2-135m --data FOLDER --batch 4 --repeats 3    # real rows
 
 A step is forward, backward and AdamW on what is trained. All steps of a shape use one base model's weights and the same
-rows, and take turns in one process; medians are printed, and ratios are medians of the ratio within each turn. The base
-model is a Llama with random weights: what a step costs does not depend on what the model knows.
+rows, and take turns in one process; medians are printed, and ratios are medians of the ratio within each turn. A CPU's
+times are what the process computed, not what it waited. The base model is a Llama with random weights, since what a
+step costs does not depend on what the model knows; `--model` takes a real one, and real rows.
 """
 
 import copy
 import gc
+import json
 import platform
 import statistics
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +42,19 @@ from reftheads.reuse.store import ActivationStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where _common.py is
 
-from _common import begin, command_line, write_json, write_text
+from _common import UsageError, begin, command_line, write_json, write_text
+from emoji_chat import draw, encode
 
 
 def main(
     layers: int = 12, width: int = 512, vocab: int = 4096, batch: int = 8, dtype: str = "float32",
     device: str = "cpu", threads: int = 1, only: str = "", repeats: int = 9, encoder: str | None = None,
-    sst2: str | None = None, out: Path | None = None,
+    sst2: str | None = None, model: str | None = None, data: str | None = None, out: Path | None = None,
 ) -> None:  # fmt: skip
     """Measure the steps of each shape in turns, and show medians beside what is wanted."""
-    setup = Setup(layers, width, vocab, batch, dtype, device, threads, only, repeats, encoder, sst2)
+    if (model is None) != (data is None):
+        raise UsageError("--model and --data go together: real rows are tokenised for a real model")
+    setup = Setup(layers, width, vocab, batch, dtype, device, threads, only, repeats, encoder, sst2, model, data)
     console = Console()
     console.width = max(console.width, 124)
     begin(threads=threads)
@@ -81,6 +87,8 @@ class Setup:
     repeats: int
     encoder: str | None
     sst2: str | None
+    model: str | None
+    data: str | None
 
 
 # --- what is measured ---
@@ -110,9 +118,11 @@ class Shape:
     def edited(self, layers: int) -> list[int]:
         return list(range(layers)) if self.all_layers else [layers * 3 // 4]
 
-    def columns(self, prompt: int) -> list[int]:
-        """Return what the positions select in a prompt."""
-        return [*range(7), *range(prompt - 7, prompt)] if self.positions == "f7+l7" else [prompt - 1]
+
+def columns_of(positions: str, prompt: int) -> list[int]:
+    """Return what the positions of a shape select in a prompt."""
+    last = 1 if positions == "l1" else 7
+    return [*range(7 if positions.startswith("f7") else 0), *range(prompt - last, prompt)]
 
 
 IDEAL = {"share": 0.7}
@@ -240,8 +250,8 @@ def unfrozen(base: Any) -> Any:
 # --- language models ---
 
 
-def rows_of(shape: Shape, setup: Setup) -> tuple[Batch, list[int]]:
-    """Return random tokens, padded at the right, and the length of each prompt, which varies by ±10 %."""
+def rows_of(shape: Shape, setup: Setup) -> Batch:
+    """Return random tokens, padded at the right; the length of the prompt varies by ±10 %."""
     spread = shape.prompt // 10
     prompts = [shape.prompt + round(spread * (2 * i / max(setup.batch - 1, 1) - 1)) for i in range(setup.batch)]
     ids = torch.zeros(setup.batch, max(prompts) + shape.answer, dtype=torch.long)
@@ -252,7 +262,7 @@ def rows_of(shape: Shape, setup: Setup) -> tuple[Batch, list[int]]:
         mask[i, :end] = 1
         labels[i, prompt:end] = ids[i, prompt:end]
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return {name: value.to(setup.device) for name, value in batch.items()}, prompts
+    return {name: value.to(setup.device) for name, value in batch.items()}
 
 
 def llama(setup: Setup) -> LlamaForCausalLM:
@@ -264,30 +274,98 @@ def llama(setup: Setup) -> LlamaForCausalLM:
     return base.train().requires_grad_(False)
 
 
-def language_model(shape: Shape, base: LlamaForCausalLM, setup: Setup) -> Case:
-    batch, prompts = rows_of(shape, setup)
-    layers = shape.edited(setup.layers)
-    graph = rh.InterventionGraph.over(rh.LoReFT(rank=RANK), layers, shape.positions, name="n")
+def language_model(name: str, base: LlamaForCausalLM, batch: Batch, layers: list[int], positions: str) -> Case:
+    """Return the steps of one graph of LoReFT, and the others.
+
+    Args:
+        batch: rows that are padded at the right, whose labels are their ends.
+    """
+    lengths, answers = batch["attention_mask"].sum(1).tolist(), (batch["labels"] != -100).sum(1).tolist()
+    columns = [columns_of(positions, length - answer) for length, answer in zip(lengths, answers, strict=True)]
+    graph = rh.InterventionGraph.over(rh.LoReFT(rank=RANK), layers, positions, name="n")
     ours = rh.InterventionModel(sharing(base), graph)
     losses = with_reftheads(ours, batch)
-    columns = [shape.columns(prompt) for prompt in prompts]
     losses[PYREFT], theirs = with_pyreft(sharing(base), ours, layers, columns, batch)
-    known = {name: loss().item() for name, loss in losses.items()}
-    runs = {name: step_of(loss, theirs if name == PYREFT else trained(ours)) for name, loss in losses.items()}
+    known = {row: loss().item() for row, loss in losses.items()}
+    runs = {row: step_of(loss, theirs if row == PYREFT else trained(ours)) for row, loss in losses.items()}
     others = {LORA: with_lora(sharing(base))}
     if layers[0]:
-        others[TOP_LORA] = with_lora(sharing(base), list(range(layers[0], setup.layers)))
+        others[TOP_LORA] = with_lora(sharing(base), list(range(layers[0], base.config.num_hidden_layers)))
     others[FULL] = unfrozen(base)
-    for name, model in others.items():
-        runs[name] = step_of(lambda model=model: model(**batch).loss, trained(model))
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    for row, model in others.items():
+        runs[row] = step_of(lambda model=model: model(**batch).loss, trained(model))
+    inputs = {column: batch[column] for column in ("input_ids", "attention_mask")}
     runs[FORWARD] = torch.no_grad()(lambda: base(**inputs))
-    cut, lengths = layers[0] + 1, [prompt + shape.answer for prompt in prompts]
-    spans = [cone_tokens(edited, length, shape.answer) for edited, length in zip(columns, lengths, strict=True)]
-    runs[PRODUCTS] = products(base, cut, sum(map(len, spans)), shape.answer * setup.batch)
-    needed = cone_operations(base, cut, spans, shape.answer)
+    cut = layers[0] + 1
+    spans = [cone_tokens(*row) for row in zip(columns, lengths, answers, strict=True)]
+    runs[PRODUCTS] = products(base, cut, sum(map(len, spans)), sum(answers))
+    needed = cone_operations(base, cut, spans, sum(answers))
     forward, backward = plain_operations(base, cut, batch["input_ids"])
-    return Case(shape.name, runs, known, needed, forward, forward + backward, shape.targets)
+    return Case(name, runs, known, needed, forward, forward + backward)
+
+
+# --- real language models, real rows ---
+
+
+@dataclass(frozen=True)
+class RealShape:
+    """What is edited in real rows.
+
+    Attributes:
+        rows: of a tokenizer, the folder of the data, and how many.
+        dtype: of the base model; empty: what the command line says.
+    """
+
+    name: str
+    rows: Callable[[Any, Path, int], list[dict]]
+    layers: list[int]
+    positions: str = "l1"
+    dtype: str = ""
+
+
+def real_shapes(depth: int) -> list[RealShape]:
+    """Return those for a model of so many blocks."""
+    middle, late = depth // 3, depth * 2 // 3
+    return [
+        RealShape(f"ARC-Easy, l1 at block {late}", arc_easy, [late]),
+        RealShape(f"ARC-Easy, l1 at block {middle}", arc_easy, [middle]),
+        RealShape(f"ARC-Easy, l7 at blocks {middle}–{depth - 1}", arc_easy, list(range(middle, depth)), "l7"),
+        RealShape("ARC-Easy, f7+l7 at all blocks", arc_easy, list(range(depth)), "f7+l7"),
+        RealShape(f"GSM8K, l1 at block {late}", gsm8k, [late]),
+        RealShape(f"emoji, l1 at block {depth * 8 // 15}", emoji, [depth * 8 // 15], dtype="bfloat16"),
+        RealShape(f"emoji, l1 at block {depth * 4 // 5}", emoji, [depth * 4 // 5], dtype="bfloat16"),
+    ]
+
+
+def arc_easy(tokenizer: Any, data: Path, count: int) -> list[dict]:
+    rows = json.loads((data / "commonsense/ARC-Easy/train.json").read_text(encoding="utf-8"))[:count]
+    return rh.encode_pairs(tokenizer, [f"{row['instruction']}\n" for row in rows], [row["output"] for row in rows])
+
+
+def gsm8k(tokenizer: Any, data: Path, count: int) -> list[dict]:
+    lines = (data / "gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    rows = [json.loads(line) for line in lines]
+    return rh.encode_pairs(tokenizer, [f"{row['question']}\n" for row in rows], [row["answer"] for row in rows])
+
+
+def emoji(tokenizer: Any, data: Path, count: int) -> list[dict]:
+    """Return the ten conversations of `recipes/emoji_chat.py`, however many are asked for."""
+    return encode(tokenizer, draw(seed=0, questions=0)[0])
+
+
+def real_cases(setup: Setup) -> Iterator[Case]:
+    """Yield the shapes of a real model; its weights are loaded once for each type of numbers."""
+    dtype, base, tokenizer = "", None, None
+    for shape in real_shapes(rh.load_base(setup.model)[0].config.num_hidden_layers):
+        if setup.only not in shape.name:
+            continue
+        if base is None or dtype != (shape.dtype or setup.dtype):
+            dtype = shape.dtype or setup.dtype
+            base, tokenizer = rh.load_base(setup.model, dtype=dtype)
+            base = base.to(setup.device).train().requires_grad_(False)
+        rows = rh.Collator(tokenizer)(shape.rows(tokenizer, Path(setup.data), setup.batch))
+        batch = {name: rows[name].to(setup.device) for name in ("input_ids", "attention_mask", "labels")}
+        yield language_model(shape.name, base, batch, shape.layers, shape.positions)
 
 
 # --- a head on a real encoder ---
@@ -329,10 +407,15 @@ def sentiment(setup: Setup) -> Case:
 
 def cases(setup: Setup, console: Console) -> Iterator[Case]:
     """Yield those wanted, made one after the other, since each has a model to finetune in full."""
+    if setup.model:
+        yield from real_cases(setup)
+        return
     shapes = [shape for shape in SHAPES if setup.only in shape.name]
     base = llama(setup) if shapes else None
     for shape in shapes:
-        yield language_model(shape, base, setup)  # type: ignore[arg-type]
+        batch, layers = rows_of(shape, setup), shape.edited(setup.layers)
+        case = language_model(shape.name, base, batch, layers, shape.positions)  # type: ignore[arg-type]
+        yield replace(case, targets=shape.targets)
     if setup.only not in SST2:
         return
     if setup.encoder and setup.sst2 and Path(setup.encoder).is_dir() and (Path(setup.sst2) / "train.csv").is_file():
@@ -368,7 +451,7 @@ def cone_tokens(edited: list[int], length: int, answer: int) -> range:
     return range(min(edited[0], length - answer - 1), length - 1)
 
 
-def cone_operations(base: LlamaForCausalLM, cut: int, spans: list[range], answer: int) -> float:
+def cone_operations(base: LlamaForCausalLM, cut: int, spans: list[range], labels: int) -> float:
     """Return the least that a step needs, matrix products alone.
 
     Computed are the blocks from `cut` on for the tokens of each row's span, which attend to all before them. The
@@ -380,8 +463,8 @@ def cone_operations(base: LlamaForCausalLM, cut: int, spans: list[range], answer
     for span in spans:
         pairs, within = sum(token + 1 for token in span), len(span) * (len(span) + 1) / 2
         forward = len(span) * block + pairs * attended
-        total += (base.config.num_hidden_layers - cut) * (2 * forward + within * attended) + 2 * answer * logits
-    return total
+        total += (base.config.num_hidden_layers - cut) * (2 * forward + within * attended)
+    return total + 2 * labels * logits
 
 
 def products(base: LlamaForCausalLM, cut: int, tokens: int, labels: int) -> Run:
@@ -456,11 +539,15 @@ def peak_memory(run: Run, device: str) -> float:
 
 
 def milliseconds(run: Run, device: str) -> float:
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    wait()
+    """Return how long a step takes; on a CPU, what this process computes, whatever else the machine does meanwhile."""
+    if not device.startswith("cuda"):
+        start = time.process_time()
+        run()
+        return 1e3 * (time.process_time() - start)
+    torch.cuda.synchronize()
     start = time.perf_counter()
     run()
-    wait()
+    torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - start)
 
 
@@ -531,9 +618,11 @@ def operations_of(row: dict[str, Any]) -> str:
 def caption(setup: Setup, differences: dict[str, float]) -> str:
     where = torch.cuda.get_device_name() if setup.device.startswith("cuda") else f"CPU, {setup.threads} thread(s)"
     greatest = max(differences, key=differences.__getitem__)
+    base = f"{setup.layers} layers, width {setup.width}, vocabulary {setup.vocab}, batch {setup.batch}, {setup.dtype}"
+    if setup.model:
+        base = f"{setup.model}, batch {setup.batch}, {setup.dtype} (emoji: batch 10, bfloat16)"
     return (
-        f"{where}; {setup.layers} layers, width {setup.width}, vocabulary {setup.vocab}, batch {setup.batch}, "
-        f"{setup.dtype}; median of {setup.repeats}. × pyreft: its time by this one's. Of ideal: the time that the "
+        f"{where}; {base}; median of {setup.repeats}. × pyreft: its time by this one's. Of ideal: the time that the "
         "matrix products of the cone would take at the speed of the base model's forward pass, by the step's. "
         f"Losses of reftheads and pyreft differ by {differences[greatest]:.1e} at most ({greatest})."
     )
@@ -584,5 +673,7 @@ if __name__ == "__main__":
         only="shapes whose name contains this word",
         encoder="a folder with all-MiniLM-L6-v2",
         sst2="a folder with train.csv of SST-2",
+        model="a real one in place of the random one, built like a Llama: what rh.load_base takes",
+        data="a folder with commonsense/ARC-Easy/train.json and gsm8k/train.jsonl, for --model",
         out="a folder for cone.json and cone.md",
     )

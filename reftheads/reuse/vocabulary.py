@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 CHUNK = 128
-"""Tokens whose logits are there at the same time: of 50,000 words in float32, 25 MB."""
+"""Tokens whose logits are there at the same time, together with as many log probabilities: of 50,000 words in float32,
+50 MB. With 64, thinner products make a step 4 % slower; with 256 it is 2 % faster and takes 50 MB more."""
 
 
 def token_losses(
@@ -37,13 +38,8 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
-        losses, gradients = [], []
-        for h, of_chunk in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
-            with torch.enable_grad():
-                h = h.detach().requires_grad_()
-                of_tokens = losses_of(lm_head(h), of_chunk)
-                gradients += torch.autograd.grad(of_tokens.sum(), h)
-            losses.append(of_tokens.detach())
+        chunks = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
+        losses, gradients = zip(*(_with_gradients(h, of_chunk, lm_head) for h, of_chunk in chunks), strict=True)
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 
@@ -54,7 +50,26 @@ class _TokenLosses(torch.autograd.Function):
         return gradients * of_losses[:, None].to(gradients.dtype), None, None
 
 
+def _with_gradients(
+    hidden: Float[Tensor, "tokens width"], labels: Int[Tensor, " tokens"], lm_head: nn.Module
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens width"]]:
+    """Return the loss of each token, and its gradient with respect to the token's hidden state."""
+    with torch.enable_grad():
+        hidden = hidden.detach().requires_grad_()
+        logits = lm_head(hidden)
+    labels = labels.to(logits.device)
+    log_p = _at_least_float32(logits.detach()).log_softmax(-1)
+    losses = F.nll_loss(log_p, labels, reduction="none")
+    of_logits = log_p.exp_()  # ∂loss/∂logits is softmax(logits), less 1 at the label
+    of_logits[torch.arange(len(labels), device=labels.device), labels] -= 1
+    (gradients,) = torch.autograd.grad(logits, hidden, of_logits.to(logits.dtype))
+    return losses, gradients
+
+
 def losses_of(logits: Float[Tensor, "tokens vocabulary"], labels: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
     """Return −log softmax(logits)[label] of each token, in float32 at least."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels.to(logits.device), reduction="none")
+    return F.cross_entropy(_at_least_float32(logits), labels.to(logits.device), reduction="none")
+
+
+def _at_least_float32(logits: Float[Tensor, "tokens vocabulary"]) -> Float[Tensor, "tokens vocabulary"]:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
