@@ -60,7 +60,7 @@ def main(
     figures = {"base": judge(before, held_out), "edit": judge(answers, held_out, trainable(tuned), seconds)}
     if compare:
         figures |= others(model, dtype or usual.dtype, shown, held_out, steps or usual.steps, seed)
-    console = Console(record=picture is not None)
+    console = Console(record=picture is not None, width=110)
     show(console, model, shown, list(zip(held_out, before, answers, strict=True)), figures)
     if picture:
         write_text(picture, console.export_svg(title=f"emoji_chat.py --model {model}"))
@@ -234,11 +234,14 @@ def show(
     figures: dict[str, Figures],
 ) -> None:
     """Print what was shown, some answers before and after, and the figures."""
-    lines = [f"{example.question} {example.emoji}" for example in shown[:10]]
-    console.print(f"{len(shown)} demonstrations:", *lines, sep="\n  ")
-    table = Table("question", "base", "trained", title=f"{model}, unseen topics and wordings")
+    lines = [f"{example.question} {example.emoji}" for example in shown[:5]]
+    console.print(f"{len(shown)} demonstrations:", *lines, "…", sep="\n  ")
+    one_line = {"no_wrap": True, "overflow": "ellipsis"}
+    table = Table("question", title=f"{model}, unseen topics and wordings")
+    table.add_column("base", max_width=48, **one_line)
+    table.add_column("trained", **one_line)
     for example, before, after in asked[:12]:
-        table.add_row(*map(escape, (example.question, before, after)))
+        table.add_row(*(escape(text.replace("\n", " ")) for text in (example.question, before, after)))
     console.print(table)
     columns = ("", "emoji only", "on topic", "by chance", "parameters", "seconds")
     table = Table(*columns, title=f"{len(asked)} prompts")
