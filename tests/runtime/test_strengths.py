@@ -91,10 +91,14 @@ def test_a_name_means_a_node_in_every_adapter_or_in_one():
         assert torch.equal(model(IDS).logits, base)
 
 
+OTHER = rh.InterventionGraph(rh.Node(rh.LoReFT(rank=2), 2, positions="f1+l1", name="low"))
+
+
 @torch.no_grad()
-def test_rows_of_several_adapters_keep_to_their_strengths():
+@pytest.mark.parametrize("graph", [None, OTHER], ids=["of one graph", "of two graphs"])
+def test_rows_of_several_adapters_keep_to_their_strengths(graph):
     model = two_nodes()
-    model.add_adapter("other", model.plan().graph)
+    model.add_adapter("other", graph or model.plan().graph)
     model.tuner.layer.double()
     names = ["default", "other"]
     model.set_adapter(names)
