@@ -34,7 +34,7 @@ export TOKENIZERS_PARALLELISM := false
 demo: .venv/package
 	$(BIN)/python recipes/emoji_chat.py
 
-# the same with a real chat model, beside LoRA
+# the same with a real chat model, in two minutes
 demo-real: .venv/smollm2
 	$(BIN)/python recipes/emoji_chat.py --model smollm2-135m
 
