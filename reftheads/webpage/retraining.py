@@ -25,15 +25,18 @@ class Demonstration(NamedTuple):
     answer: str
 
 
+_ANY = 1 << 30  # tokens: a session says in its own words what is too long
+
+
 def encode_demonstrations(
     tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[Demonstration]
 ) -> list[dict[str, Any]]:
     """Return the rows to train on: conversations where the tokenizer has a template for them, else bare texts."""
     if not tokenizer.chat_template:
-        return encode_pairs(tokenizer, *map(list, zip(*demonstrations, strict=True)))
+        return encode_pairs(tokenizer, *map(list, zip(*demonstrations, strict=True)), max_length=_ANY)
     roles = ("user", "assistant")
     turns = [[{"role": r, "content": text} for r, text in zip(roles, pair, strict=True)] for pair in demonstrations]
-    return encode_chat(tokenizer, turns)
+    return encode_chat(tokenizer, turns, max_length=_ANY)
 
 
 def train(
