@@ -16,6 +16,7 @@ from reftheads.reuse.store import ActivationStore
 from reftheads.training.trainer import InterventionTrainer
 
 _BATCH = 16
+_ANY = 1 << 30  # tokens: a session says in its own words what is too long
 
 
 class Demonstration(NamedTuple):
@@ -23,9 +24,6 @@ class Demonstration(NamedTuple):
 
     question: str
     answer: str
-
-
-_ANY = 1 << 30  # tokens: a session says in its own words what is too long
 
 
 def encode_demonstrations(
