@@ -145,8 +145,10 @@ def shifts_labels(facts: Facts) -> bool | None:
 
 
 def gives_projection(facts: Facts) -> bool:
-    """Return whether a model's logits are what its vocabulary projection returns, neither scaled nor capped."""
+    """Return whether a model's logits are what a linear projection returns, neither scaled nor capped."""
     base: Any = facts.base
+    if type(base.get_output_embeddings()) is not nn.Linear:  # its weights may be packed
+        return False
     returned: list[Any] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:

@@ -17,15 +17,16 @@ CHUNK = 128
 
 
 def token_losses(
-    hidden: Float[Tensor, "tokens width"], labels: Int[Tensor, " tokens"], lm_head: nn.Module
+    hidden: Float[Tensor, "tokens width"], labels: Int[Tensor, " tokens"], lm_head: nn.Linear
 ) -> Float[Tensor, " tokens"]:
-    """Return −log softmax(lm_head(h))[label] of each token, in float32 at least.
+    """Return −log softmax(W h + b)[label] of each token, in float32.
 
-    A token's loss depends on its own hidden state alone, so that its gradient ∂loss/∂h [width] is all that the
-    backward pass needs; it is computed together with the loss, chunk by chunk, and the logits are dropped.
+    A token's loss depends on its own hidden state alone, so that its gradient, Wᵀ(softmax(W h + b) − e) with e 1 at the
+    label and 0 elsewhere, is all that the backward pass needs; it is computed together with the loss, chunk by chunk,
+    and the logits are dropped.
 
     Args:
-        lm_head: a projection of each token by itself, of which nothing is trained.
+        lm_head: W [vocabulary width] and b, of which nothing is trained.
     """
     if torch.is_grad_enabled() and hidden.requires_grad:
         return _TokenLosses.apply(hidden, labels, lm_head)  # type: ignore[return-value]
@@ -37,8 +38,8 @@ class _TokenLosses(torch.autograd.Function):
     """Computes losses and, together with them, their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, lm_head: nn.Module) -> Tensor:
-        chunks = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, lm_head: nn.Linear) -> Tensor:
+        chunks = zip(hidden.detach().split(CHUNK), labels.split(CHUNK), strict=True)
         losses, gradients = zip(*(_with_gradients(h, of_chunk, lm_head) for h, of_chunk in chunks), strict=True)
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
@@ -51,25 +52,24 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def _with_gradients(
-    hidden: Float[Tensor, "tokens width"], labels: Int[Tensor, " tokens"], lm_head: nn.Module
+    hidden: Float[Tensor, "tokens width"], labels: Int[Tensor, " tokens"], lm_head: nn.Linear
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "tokens width"]]:
     """Return the loss of each token, and its gradient with respect to the token's hidden state."""
-    with torch.enable_grad():
-        hidden = hidden.detach().requires_grad_()
-        logits = lm_head(hidden)
+    logits = lm_head(hidden)
     labels = labels.to(logits.device)
-    log_p = _at_least_float32(logits.detach()).log_softmax(-1)
+    log_p = as_the_loss_takes_them(logits).log_softmax(-1)
     losses = F.nll_loss(log_p, labels, reduction="none")
-    of_logits = log_p.exp_()  # ∂loss/∂logits is softmax(logits), less 1 at the label
+    of_logits = log_p.exp_()
     of_logits[torch.arange(len(labels), device=labels.device), labels] -= 1
-    (gradients,) = torch.autograd.grad(logits, hidden, of_logits.to(logits.dtype))
-    return losses, gradients
+    gradients = of_logits.to(logits.dtype) @ lm_head.weight
+    return losses, gradients.to(hidden.dtype)
 
 
 def losses_of(logits: Float[Tensor, "tokens vocabulary"], labels: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
-    """Return −log softmax(logits)[label] of each token, in float32 at least."""
-    return F.cross_entropy(_at_least_float32(logits), labels.to(logits.device), reduction="none")
+    """Return −log softmax(logits)[label] of each token, in float32."""
+    return F.cross_entropy(as_the_loss_takes_them(logits), labels.to(logits.device), reduction="none")
 
 
-def _at_least_float32(logits: Float[Tensor, "tokens vocabulary"]) -> Float[Tensor, "tokens vocabulary"]:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def as_the_loss_takes_them(logits: Float[Tensor, "tokens vocabulary"]) -> Float[Tensor, "tokens vocabulary"]:
+    """Return logits in float32, as transformers has them for the loss, of whatever type they are."""
+    return logits.float()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss import loss_utils
 
-from reftheads.reuse import frozen
+from reftheads.reuse import frozen, vocabulary
 from support import rules
 
 Formula = Callable[[Tensor], Tensor]
@@ -106,10 +106,16 @@ def exact_loss(
     return loss / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
+_UPCAST = vocabulary.as_the_loss_takes_them
+
+
 @contextmanager
 def causal_loss(function: Any) -> Iterator[None]:
     """Within, causal language models have this loss, and it is taken for the usual one."""
+    exact = function is exact_loss  # which takes logits as they are
+    upcast = (lambda logits: logits) if exact else _UPCAST
     with (
+        mock.patch.object(vocabulary, "as_the_loss_takes_them", upcast),
         mock.patch.dict(loss_utils.LOSS_MAPPING, ForCausalLM=function),
         mock.patch.object(frozen, "ForCausalLMLoss", function),
     ):
