@@ -156,15 +156,20 @@ class Execution:
         layout, labels = batch.rows.layout, batch.given["labels"]
         wanted = layout.pick(shifted(labels)).masked_fill(~layout.real.to(labels.device), IGNORE).flatten()
         where = (wanted != IGNORE).nonzero()[:, 0]
-        apart = self.eligibility.gives_projection
+        projection = lm_head if isinstance(lm_head, nn.Linear) and self.eligibility.gives_projection else None
         at_labels: list[Tensor] = []
-        handle = lm_head.register_forward_pre_hook(in_this_thread(partial(_only, where, at_labels, apart)))
+        handle = lm_head.register_forward_pre_hook(
+            in_this_thread(partial(_only, where, at_labels, projection is not None))
+        )
         try:
             out = self.facts.base(**batch.inputs, **batch.targets, **{RUN: batch.run})
         finally:
             handle.remove()
         of_labels = wanted[where]
-        of_tokens = token_losses(at_labels[0], of_labels, lm_head) if apart else losses_of(out.logits[0], of_labels)
+        if projection is None:
+            of_tokens = losses_of(out.logits[0], of_labels)
+        else:
+            of_tokens = token_losses(at_labels[0], of_labels, projection)
         adapters = equal_shares(self.facts.layer, call, len(labels))
         counts = [len(where)]
         if adapters:  # rows come one adapter after the other
