@@ -242,9 +242,9 @@ def _only(
 
 def _mean(losses: Float[Tensor, " labelled"], items: int | Tensor | None) -> Float[Tensor, ""]:
     """Return the mean over the labelled tokens, or over so many; 0 where there are none."""
-    if isinstance(items, Tensor):
-        items = items.to(losses.device)
-    return losses.sum() / (max(len(losses), 1) if items is None else items)
+    if not len(losses):
+        return losses.sum()
+    return losses.mean() if items is None else losses.sum() / torch.as_tensor(items, device=losses.device)
 
 
 def _laid_out(hidden: list[Float[Tensor, "tokens width"]], rows: Rows) -> Float[Tensor, "rows computed width"]:

@@ -144,7 +144,8 @@ def test_what_peft_wraps_trains_as_well(tokenizer, rows, tmp_path):
     model = peft.get_peft_model(llama(len(tokenizer), num_hidden_layers=2), rh.InterventionConfig(graph=EDIT))
     trainer = rh.InterventionTrainer(model, arguments(tmp_path / "b"), train_dataset=rows, processing_class=tokenizer)
     trainer.train()
-    assert all(torch.equal(value, ours[name]) for name, value in weights(model).items())
+    for name, value in weights(model).items():  # by the plain path, ours within `reusing`
+        torch.testing.assert_close(value, ours[name], rtol=1e-5, atol=1e-6)
 
 
 def test_heads_of_one_name_in_two_adapters_keep_their_own_weights(tokenizer, rows, tmp_path):
