@@ -1,6 +1,6 @@
-"""Teach a chat model to answer in emoji, with ten examples and a few thousand numbers.
+"""Teach a chat model to answer in emoji, with a few examples and a few thousand numbers.
 
-LoReFT learns a low-rank edit of hidden states from ten plain questions answered in emoji. None of them says that emoji
+LoReFT learns a low-rank edit of hidden states from plain questions answered in emoji. None of them says that emoji
 are wanted. The model is then asked about other topics in other words.
 
     python recipes/emoji_chat.py                                   # the embedded toy model
@@ -70,6 +70,12 @@ def main(
         rh.chat(tuned, tokenizer)
 
 
+BATCH = 10
+TOLD = 10  # demonstrations in the prompt: of more, answers take minutes
+NEW_TOKENS = 32
+LORA_LR = 1e-3
+
+
 class Usual(NamedTuple):
     """Say how a model is edited where the command line does not."""
 
@@ -126,12 +132,6 @@ def ask(tuned, tokenizer, examples: list[Example], before: Sequence[dict[str, st
     """Return a model's answers to questions, each after what has been said `before`."""
     conversations = [[*before, turns(example)[0]] for example in examples]
     return rh.reply(tuned, tokenizer, conversations, max_new_tokens=NEW_TOKENS)
-
-
-BATCH = 10
-TOLD = 10  # demonstrations in the prompt: of more, answers take minutes
-NEW_TOKENS = 32
-LORA_LR = 1e-3
 
 
 # --- questions and answers ---
@@ -204,12 +204,6 @@ class Figures(NamedTuple):
 def is_emoji(answer: str) -> bool:
     """Return whether it is symbols, skin tones, joiners and variation selectors, and nothing else."""
     return bool(answer) and all(unicodedata.category(c) in {"So", "Sk", "Mn", "Cf", "Zs"} for c in answer)
-
-
-def scores(answers: list[str], held_out: list[Example]) -> dict[str, float]:
-    """Return the shares of answers that are emoji alone, and that have one of the topic's emoji."""
-    figures = judge(answers, held_out)
-    return {"emoji_only": figures.emoji_only, "on_topic": figures.on_topic}
 
 
 def judge(answers: list[str], held_out: list[Example], parameters: int = 0, seconds: float = 0.0) -> Figures:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from _common import Watch, begin, command_line, mean_and_deviation, progress, trainer_arguments, write_results
-from emoji_chat import draw, encode, layer_of, scores
+from emoji_chat import draw, encode, judge, layer_of
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.console import Console
@@ -57,8 +57,9 @@ def main(
             for trial in bar.track(trials, description=f"rank {rank}, {QUESTIONS} questions to each"):
                 adapters.set_adapter(trial.adapter_name)
                 answers = rh.reply(adapters, tokenizer, [example.question for example in held_out])
-                judged = scores(answers, held_out)
-                results.append(Result(rank, trial.learning_rate, trial.seed, trial.eval_loss, **judged))
+                judged = judge(answers, held_out)
+                shares = {"emoji_only": judged.emoji_only, "on_topic": judged.on_topic}
+                results.append(Result(rank, trial.learning_rate, trial.seed, trial.eval_loss, **shares))
     alone = seconds_alone(model, layer, ranks[0], positions, steps, rates[0], demonstrations)
 
     show(model, results, seconds, alone)

@@ -41,9 +41,12 @@ def reply(
     generate = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": tokenizer.pad_token_id, **generate}
     if isinstance(conversations, str):
         raise ValueError(f"reply takes a list of conversations, got the text {conversations!r}: put it into a list")
+    starts = range(0, len(conversations), batch_size)
+    # what cannot be asked is an error before anything is answered
+    batches = [encode_questions(tokenizer, conversations[start : start + batch_size]) for start in starts]
     answers: list[str] = []
-    for start in range(0, len(conversations), batch_size):
-        batch = encode_questions(tokenizer, conversations[start : start + batch_size]).to(model.device)
+    for batch in batches:
+        batch = batch.to(model.device)
         with torch.no_grad(), evaluating(model):
             ids = model.generate(**batch, **generate)
         if not model.config.is_encoder_decoder:

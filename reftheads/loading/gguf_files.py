@@ -130,10 +130,8 @@ def _tokenizer(opened: GGUF) -> PreTrainedTokenizerBase:
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file} has no tokenizer that transformers can read: {error}") from error
     if opened.words in _DIGITS_APART:
-        digits, byte_level = (
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        )
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     if context is not None:
         tokenizer.model_max_length = context

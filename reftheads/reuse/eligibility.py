@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from reftheads.architectures.paths import arguments, own_modules, token_embeddings
 from reftheads.reuse.cone import Cone
 from reftheads.reuse.facts import Facts
-from reftheads.reuse.frozen import gives_projection, has_usual_loss, keeps_pieces, output_of_block, shifts_labels
+from reftheads.reuse.frozen import has_usual_loss, keeps_pieces, loss_of_next_tokens, output_of_block
 from reftheads.runtime.plan import PlannedNode
 from reftheads.runtime.scope import Call
 
@@ -138,13 +138,14 @@ class Eligibility:
         """Return the vocabulary projection of a causal language model whose loss is the usual one."""
         base: Any = self.facts.base
         generates = self.facts.layer.kind.generative and not self.facts.seq2seq
-        usual = generates and has_usual_loss(base) and self._answer(shifts_labels)
-        return base.get_output_embeddings() if usual else None
+        loss = self._answer(loss_of_next_tokens) if generates and has_usual_loss(base) else None
+        return base.get_output_embeddings() if loss is not None and loss.shifted else None
 
     @property
     def gives_projection(self) -> bool:
         """Return whether the logits are what the vocabulary's projection returns."""
-        return bool(self._answer(gives_projection))
+        loss = self._answer(loss_of_next_tokens)
+        return loss is not None and loss.projected
 
     def as_block_output(self, h: Tensor) -> Any:
         """Return what a block gives whose hidden state is `h`; whatever it gives beside that is missing."""

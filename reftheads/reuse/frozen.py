@@ -126,44 +126,44 @@ def has_usual_loss(base: nn.Module) -> bool:
     return getattr(base, "loss_function", None) is ForCausalLMLoss
 
 
-def shifts_labels(facts: Facts) -> bool | None:
-    """Return whether a model's loss is that which its function makes of the next tokens; `None` if it has none."""
+class NextTokens(NamedTuple):
+    """How a model comes to its loss.
+
+    Attributes:
+        shifted: whether it is that which its loss function makes of the next tokens.
+        projected: whether its logits are what a linear projection returns, neither scaled nor capped.
+    """
+
+    shifted: bool
+    projected: bool
+
+
+def loss_of_next_tokens(facts: Facts) -> NextTokens | None:
+    """Return how a model comes to its loss, as a few tokens show; `None` if it has none."""
     base: Any = facts.base
     projection = base.get_output_embeddings()
     if projection is None:
         return None
+    returned: list[Any] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        returned.append(output)
+
     ids = torch.arange(4, device=facts.device)[None] % projection.weight.shape[0]
     labels = ids.masked_fill(ids == 1, IGNORE)
     options = {"num_items_in_batch": 3} if _takes_any(base) else {}
+    handle = projection.register_forward_hook(in_this_thread(keep))
     try:
         with torch.no_grad(), facts.layer.silent(), torch.random.fork_rng(), evaluating(base):
             output = base(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, **options)
             usual = base.loss_function(output.logits, labels, output.logits.shape[-1], **options)
     except Exception:  # a model that is fed more than tokens
         return None
-    return bool(torch.isclose(output.loss.double(), usual.double(), rtol=1e-3))
-
-
-def gives_projection(facts: Facts) -> bool:
-    """Return whether a model's logits are what a linear projection returns, neither scaled nor capped."""
-    base: Any = facts.base
-    if type(base.get_output_embeddings()) is not nn.Linear:  # its weights may be packed
-        return False
-    returned: list[Any] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        returned.append(output)
-
-    handle = base.get_output_embeddings().register_forward_hook(in_this_thread(keep))
-    ids = torch.zeros(1, 2, dtype=torch.long, device=facts.device)
-    try:
-        with torch.no_grad(), facts.layer.silent(), torch.random.fork_rng(), evaluating(base):
-            logits = base(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    except Exception:  # a model that is fed more than tokens
-        return False
     finally:
         handle.remove()
-    return len(returned) == 1 and logits is returned[0]
+    shifted = bool(torch.isclose(output.loss.double(), usual.double(), rtol=1e-3))
+    plain = type(projection) is nn.Linear  # else its weights may be packed
+    return NextTokens(shifted, plain and len(returned) == 1 and output.logits is returned[0])
 
 
 def _takes_any(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Answers to many conversations at once, and a conversation in the terminal."""
 
 import sys
+from unittest import mock
 
 import pytest
 from support.models import TEMPLATE
@@ -85,3 +86,12 @@ def test_without_a_chat_template_turns_are_refused_and_not_dropped(model, tokeni
 def test_a_bare_text_is_no_list_of_conversations(model, tokenizer):
     with pytest.raises(ValueError, match="put it into a list"):
         rh.reply(model, tokenizer, "a b")
+
+
+def test_what_cannot_be_asked_is_an_error_before_anything_is_answered(model, tokenizer):
+    """Here in the second of two batches."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    tokenizer.chat_template = None
+    with mock.patch.object(model, "generate") as generate, pytest.raises(ValueError, match="no chat template"):
+        rh.reply(model, tokenizer, ["a", turns], batch_size=1)
+    generate.assert_not_called()
