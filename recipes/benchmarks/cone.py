@@ -355,14 +355,14 @@ def emoji(tokenizer: Any, data: Path, count: int) -> list[dict]:
 
 def real_cases(setup: Setup) -> Iterator[Case]:
     """Yield the shapes of a real model; its weights are loaded once for each type of numbers."""
-    dtype, base, tokenizer = "", None, None
-    for shape in real_shapes(rh.load_base(setup.model)[0].config.num_hidden_layers):
+    dtype, (base, tokenizer) = setup.dtype, rh.load_base(setup.model, dtype=setup.dtype)
+    for shape in real_shapes(base.config.num_hidden_layers):
         if setup.only not in shape.name:
             continue
-        if base is None or dtype != (shape.dtype or setup.dtype):
+        if dtype != (shape.dtype or setup.dtype):
             dtype = shape.dtype or setup.dtype
             base, tokenizer = rh.load_base(setup.model, dtype=dtype)
-            base = base.to(setup.device).train().requires_grad_(False)
+        base = base.to(setup.device).train().requires_grad_(False)
         rows = rh.Collator(tokenizer)(shape.rows(tokenizer, Path(setup.data), setup.batch))
         batch = {name: rows[name].to(setup.device) for name in ("input_ids", "attention_mask", "labels")}
         yield language_model(shape.name, base, batch, shape.layers, shape.positions)
